@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Analysis: the distribution of activations over calibration data, streamed; memory does not grow with the data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from splitfold.passes.ranges import BINS, ActivationStats
+from splitfold.runtime.calibration import Calibration
+from splitfold.runtime.errors import CalibrationError
+from splitfold.runtime.feeds import Array
+from splitfold.runtime.session import Optimization, Session
+from splitfold.runtime.target import Target
+
+__all__ = ["activation_stats", "required_calibration"]
+
+logger = logging.getLogger(__name__)
+
+_MOMENTUM = 0.9
+
+
+@dataclass
+class _Running:
+    low: float = np.inf
+    high: float = -np.inf
+    average_low: float = np.nan
+    average_high: float = np.nan
+    squares: float = 0.0
+    count: int = 0
+    finite: bool = True
+
+    def update(self, array: Array) -> None:
+        if not array.size:
+            return
+        values = array.astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            self.finite = False
+            values = values[np.isfinite(values)]
+            if not values.size:
+                return
+        low, high = float(values.min()), float(values.max())
+        first = np.isnan(self.average_low)
+        self.average_low = low if first else _MOMENTUM * self.average_low + (1 - _MOMENTUM) * low
+        self.average_high = high if first else _MOMENTUM * self.average_high + (1 - _MOMENTUM) * high
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.squares += float(np.sum(np.square(values, dtype=np.float64)))
+        self.count += array.size
+
+    def stats(self) -> ActivationStats:
+        if not self.count:
+            return ActivationStats(0.0, 0.0, 0.0, 0.0, 0.0, self.finite, 0)
+        rms = float(np.sqrt(self.squares / self.count))
+        return ActivationStats(self.low, self.high, self.average_low, self.average_high, rms, self.finite, self.count)
+
+
+def required_calibration(calibration: Calibration | None, pass_name: str, model: ir.Model) -> Calibration:
+    """Return the calibration data checked against `model`.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    if calibration is None:
+        raise CalibrationError(
+            f"{pass_name} needs calibration data: pass calibration=... (a list of feeds, a generator function, an .npz path), "
+            "or --calibration DATA; a hundred typical inputs are enough."
+        )
+    return calibration.checked(model)
+
+
+def activation_stats(
+    model: ir.Model, values: Iterable[str], calibration: Calibration, target: Target, *, histograms: bool = False
+) -> dict[str, ActivationStats]:
+    """Run the float model over the calibration data and return the statistics of the named values.
+
+    Args:
+        model: float model; it is not changed.
+        values: names of float values at the top level of the graph (graph inputs included).
+        calibration: one walk, or two where `histograms` are wanted.
+        target: where the model runs.
+        histograms: also fill a histogram of each finite value.
+
+    Raises:
+        CalibrationError: a batch does not fit, or the data is empty.
+    """
+    names = list(dict.fromkeys(values))
+    session = Session(model, target, optimization=Optimization.ALL, taps=names)
+    running = {name: _Running() for name in names}
+    batches = _walk(session, calibration, names, lambda name, array: running[name].update(array))
+    if not batches:
+        raise CalibrationError("the calibration data is empty: at least one batch is needed.")
+    stats = {name: state.stats() for name, state in running.items()}
+    logger.info("calibrated %d values on %d batches", len(names), batches)
+    return _with_histograms(session, calibration, stats) if histograms else stats
+
+
+def _walk(session: Session, calibration: Calibration, names: Sequence[str], use: Callable[[str, Array], None]) -> int:
+    batches = 0
+    for feeds in calibration:
+        results = session.run(feeds, names) | {name: np.asarray(feeds[name]) for name in names if name in feeds}
+        for name in names:
+            use(name, results[name])
+        batches += 1
+    return batches
+
+
+@dataclass
+class _Histograms:
+    stats: dict[str, ActivationStats]
+    counts: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, name: str, array: Array) -> None:
+        stats = self.stats[name]
+        counts, _ = np.histogram(array, bins=BINS, range=(stats.low, stats.high))
+        self.counts[name] = self.counts.get(name, np.zeros(BINS, np.int64)) + counts
+
+
+def _with_histograms(
+    session: Session, calibration: Calibration, stats: dict[str, ActivationStats]
+) -> dict[str, ActivationStats]:
+    wanted = [name for name, item in stats.items() if item.unholdable() is None and item.low < item.high]
+    histograms = _Histograms(stats)
+    _walk(session, calibration, wanted, histograms.add)
+    return {name: replace(item, histogram=histograms.counts.get(name)) for name, item in stats.items()}

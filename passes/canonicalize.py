@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The canonical form that all other passes expect."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from splitfold.passes.base import Context, Contract, Findings, Pass
+from splitfold.passes.fingerprint import fingerprint
+from splitfold.passes.fold_batchnorm import fold_batchnorm
+from splitfold.passes.fold_constants import fold_constants
+from splitfold.passes.identity import inherit_missing, name_layers
+from splitfold.passes.opset import raise_opset
+from splitfold.passes.turn_gemm import turn_gemms
+from splitfold.passes.values import constant, int_attribute
+
+__all__ = ["CanonicalizePass"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CanonicalizePass(Pass):
+    """Bring a model into canonical form, exactly.
+
+    Functions are inlined, Constant nodes and constant subexpressions become initializers, initializers are constants (not inputs with a
+    default), names are unique, Identity and inactive Dropout are gone, BatchNormalization is folded into the layer before it, a Gemm's weight is [K, N],
+    shapes are inferred, dead code is removed, and every node carries its layer's name. Looks into subgraphs. Q/DQ that are there are left alone.
+
+    Before::
+
+        y = Gemm<transB=1>(x, W, b); z = Identity(y)
+
+    After::
+
+        z = Gemm(x, W_turned, b)
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
+        """See the class."""
+        before = fingerprint(model)
+        common.InlinePass()(model)
+        _drop_overridable(model, findings)
+        if reason := raise_opset(model):
+            findings.skip("model", reason)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.NameFixPass()(model)
+        name_layers(model)
+        for step, what in _STEPS:
+            if count := step(model):
+                findings.apply("model", f"{what}: {count}")
+        _clean(model)
+        if orphans := inherit_missing(model):
+            logger.debug("%d nodes have no layer", len(orphans))
+        return fingerprint(model) != before
+
+
+def _drop_overridable(model: ir.Model, findings: Findings) -> None:
+    names = [value.name for value in model.graph.inputs if value.name in model.graph.initializers]
+    if names:
+        common.RemoveInitializersFromInputsPass()(model)
+        findings.notes.append(f"{len(names)} initializers were also graph inputs ({names[0]}, ...): they are constants now")
+
+
+def _drop_identities(model: ir.Model) -> int:
+    """Remove Identity, and Dropout in inference, where the value stays in the same graph."""
+    return sum(_drop_identity(node) for graph in model.graphs() for node in list(graph) if _is_identity(node))
+
+
+def _is_identity(node: ir.Node) -> bool:
+    if node.domain not in ("", "ai.onnx") or node.inputs[:1] in ([], [None]):
+        return False
+    if node.op_type == "Dropout":
+        training = node.inputs[2] if len(node.inputs) > 2 else None
+        mask_used = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+        return not mask_used and (training is None or _is_false(training)) and int_attribute(node, "is_test", 1) == 1
+    return node.op_type == "Identity"
+
+
+def _is_false(value: ir.Value) -> bool:
+    tensor = constant(value)
+    return tensor is not None and not tensor.numpy().any()
+
+
+def _drop_identity(node: ir.Node) -> bool:
+    source, result = node.inputs[0], node.outputs[0]
+    graph = node.graph
+    if source is None or graph is None:
+        return False
+    if result.is_graph_output():
+        produced_here = source.producer() is not None and source.graph is graph
+        if not produced_here or source.is_graph_output():
+            return False
+        name = result.name
+        result.name = f"{name}_dropped"
+        result.replace_all_uses_with(source, replace_graph_outputs=True)
+        source.name = name
+    else:
+        result.replace_all_uses_with(source)
+    if source.type is None:
+        source.type = result.type
+    if source.shape is None:
+        source.shape = result.shape
+    graph.remove(node, safe=True)
+    return True
+
+
+def _infer_shapes(model: ir.Model) -> int:
+    """Infer shapes; types that contradict the operators are left to the checker."""
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    return 0
+
+
+def _clean(model: ir.Model) -> None:
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.TopologicalSortPass()(model)
+
+
+_STEPS: tuple[tuple[Callable[[ir.Model], int], str], ...] = (
+    (_drop_identities, "identities dropped"),
+    (_infer_shapes, "shapes inferred"),  # the norm's fold asks for ranks
+    (fold_constants, "constant nodes folded"),
+    (fold_batchnorm, "batch norms folded"),
+    (turn_gemms, "Gemm weights turned to [K, N]"),
+    (_infer_shapes, "shapes inferred"),  # again, with the folded constants
+)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raising a model's opset, with the converters of onnxscript (opset 18 and newer) and of onnx (older)."""
+
+from __future__ import annotations
+
+import logging
+
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
+from onnx_ir.passes.common import _c_api_utils
+from onnxscript import version_converter
+
+from splitfold.runtime.errors import UnsupportedError
+
+__all__ = ["OLDEST_OPSET", "default_opset", "raise_opset"]
+
+OLDEST_OPSET = 7
+"""Older models are refused: ONNX Runtime guarantees nothing below opset 7."""
+_WORKING_OPSET = 13
+"""QuantizeLinear has an axis, and Softmax and Squeeze their present meaning, from here on."""
+
+logger = logging.getLogger(__name__)
+
+
+def default_opset(model: ir.Model) -> int:
+    """Return the version of the default ONNX domain that the model imports."""
+    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    return int(version) if version is not None else 0
+
+
+def raise_opset(model: ir.Model, opset: int = _WORKING_OPSET) -> str | None:
+    """Raise the default opset to `opset` in place where it is lower; return None, or the reason why it stayed.
+
+    Raises:
+        UnsupportedError: the model is older than opset 7 and cannot be converted.
+    """
+    present = default_opset(model)
+    if present == 0 or present >= opset:
+        return None
+    reason = _convert(model, opset, present)
+    if reason is not None and present < OLDEST_OPSET:
+        raise UnsupportedError(f"the model has opset {present}, older than {OLDEST_OPSET}, and cannot be converted: {reason}")
+    return reason
+
+
+def _convert(model: ir.Model, opset: int, present: int) -> str | None:
+    trial = model.clone()
+    try:
+        if present >= 18:
+            version_converter.convert_version(trial, opset, fallback=False)
+        else:
+            _convert_with_onnx(trial, opset)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"opset {present} could not be raised to {opset}: {lines[0][:200] if lines else type(error).__name__}"
+    if default_opset(trial) < opset:
+        return f"opset {present} could not be raised to {opset}: the converter left it at {default_opset(trial)}"
+    _adopt(model, trial)
+    logger.info("opset raised from %d to %d", present, opset)
+    return None
+
+
+def _convert_with_onnx(model: ir.Model, opset: int) -> None:
+    def convert(proto: onnx.ModelProto) -> onnx.ModelProto:
+        return onnx.version_converter.convert_version(proto, opset)
+
+    converted = ir.from_proto(_c_api_utils.call_onnx_api(convert, model))
+    for name, value in converted.graph.initializers.items():
+        held = model.graph.initializers.get(name)
+        if value.const_value is None and held is not None:
+            value.const_value = held.const_value
+    for value in [v for v in converted.graph.inputs if v.name in model.graph.initializers]:
+        tensor = model.graph.initializers[value.name or ""].const_value
+        converted.graph.inputs.remove(value)
+        value.const_value = tensor
+        converted.graph.register_initializer(value)
+    _adopt(model, converted)
+
+
+def _adopt(model: ir.Model, other: ir.Model) -> None:
+    model.graph = other.graph
+    model.ir_version = max(model.ir_version, other.ir_version)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic int8: int8 weights per column, activations quantized at run time, in the form that fuses to the fast kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from splitfold.passes.activations import required_calibration
+from splitfold.passes.base import Context, Contract, Findings, LayerPass
+from splitfold.passes.carriers import Carried, carry_dynamic
+from splitfold.passes.layers import Layer, LayerKind, find_layers
+from splitfold.passes.opset import default_opset
+from splitfold.passes.trial import local_sqnr
+from splitfold.passes.values import drop_unused, emit, replace_value
+from splitfold.runtime.target import Carrier
+
+__all__ = ["QuantizeDynamicPass"]
+
+Quantized = tuple[ir.Value, ir.Value, ir.Value]
+
+
+@dataclass(frozen=True)
+class QuantizeDynamicPass(LayerPass):
+    """Quantize MatMul and Gemm with int8 weights per column; each call chooses the activations' range itself.
+
+    Needs no calibration. Layers that read one value share its quantization. Convolutions are left alone: the runtime's ConvInteger is several times slower
+    than its float kernel. Looks into subgraphs.
+
+    Args:
+        weight_bits: 8, or 7 for CPUs whose u8 x s8 sums saturate.
+        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB is skipped; 0 skips none
+            and needs no data.
+
+    Before::
+
+        y = MatMul(x, W)
+
+    After::
+
+        q, s, z = DynamicQuantizeLinear(x)
+        y = Cast(MatMulInteger(q, W_int8, z)) * (s * W_scale)
+    """
+
+    name: ClassVar[str] = "quantize-dynamic"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    weight_bits: int = 8
+    min_sqnr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (7, 8):
+            raise ValueError(f"weight-bits is {self.weight_bits}; it may be 8 or 7.")
+
+    def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
+        """See the class."""
+        layers = self._candidates(model, context, findings)
+        levels = min(context.target.weight_levels, 127 if self.weight_bits == 8 else 63)
+        if layers and self.min_sqnr > 0:
+            calibration = required_calibration(context.calibration, f"{self.name}{{min-sqnr}}", model)
+            names = {layer.name for layer in layers}
+            measured = local_sqnr(model, lambda layer: _tried(layer, names, levels), calibration, context.target)
+            layers = [layer for layer in layers if self._accurate(layer, measured, findings)]
+        shared: dict[tuple[ir.Value, ir.Graph | None], Quantized] = {}
+        for layer in layers:
+            carried = carry_dynamic(layer, _quantized(layer, shared), levels=levels)
+            replace_value(layer.output, carried.output)
+            drop_unused([layer.node])
+            findings.apply(layer.name, f"{layer.kind.value} dynamic int8", weight=carried.weight)
+        return bool(layers)
+
+    def _candidates(self, model: ir.Model, context: Context, findings: Findings) -> list[Layer]:
+        layers, refused = find_layers(model)
+        self.check_patterns(layer.name for layer in layers)
+        findings.skipped.extend(refused)
+        kept = []
+        for layer in layers:
+            if layer.kind is LayerKind.EMBEDDING:
+                continue
+            reason = self.unwanted(layer.name) or _structural_reason(layer, model, context)
+            if reason is None:
+                kept.append(layer)
+            else:
+                findings.skip(layer.name, reason)
+        return kept
+
+    def _accurate(self, layer: Layer, measured: Mapping[str, float], findings: Findings) -> bool:
+        found = measured.get(layer.name, float("inf"))
+        if found < self.min_sqnr:
+            findings.skip(layer.name, f"its dynamic int8 output has {found:.1f} dB SQNR, below min-sqnr={self.min_sqnr:g}")
+        return found >= self.min_sqnr
+
+
+def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str | None:
+    if not context.target.carries(Carrier.DYNAMIC_INT8):
+        return f"target {context.target.name} has no dynamic int8 kernels"
+    if layer.kind is LayerKind.CONV:
+        return "a dynamic int8 Conv (ConvInteger) is slower than the float kernel"
+    if default_opset(model) < 11:
+        return f"opset {default_opset(model)} has no DynamicQuantizeLinear (11 has)"
+    if layer.weight.dtype is not ir.DataType.FLOAT:
+        return f"the weight is {layer.weight.dtype}, not FLOAT"
+    return None
+
+
+def _quantized(layer: Layer, shared: dict[tuple[ir.Value, ir.Graph | None], Quantized]) -> Quantized:
+    """Return DynamicQuantizeLinear of the layer's input, emitted before the first layer of its graph that reads it."""
+    key = (layer.input, layer.node.graph)
+    if key not in shared:
+        base = layer.input.name
+        codes = emit(
+            layer.node,
+            "DynamicQuantizeLinear",
+            [layer.input],
+            names=[f"{base}_codes", f"{base}_dynamic_scale", f"{base}_dynamic_zero"],
+            like=layer.input,
+            dtype=ir.DataType.UINT8,
+        )
+        producer = codes.producer()
+        if producer is None:
+            raise ValueError("emit made no node")
+        first, second, third = producer.outputs
+        second.type, third.type = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.UINT8)
+        second.shape = third.shape = ir.Shape(())
+        shared[key] = (first, second, third)
+    return shared[key]
+
+
+def _tried(layer: Layer, names: set[str], levels: int) -> Carried | None:
+    return carry_dynamic(layer, _quantized(layer, {}), levels=levels) if layer.name in names else None

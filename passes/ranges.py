@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrators: which interval of a value's seen distribution its 8-bit grid covers."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+
+from splitfold.passes.affine import activation_grid
+from splitfold.runtime.feeds import Array
+
+__all__ = ["BINS", "ActivationStats", "Calibrator", "activation_range"]
+
+BINS = 2048
+
+
+class Calibrator(enum.Enum):
+    """How the interval is chosen from what calibration saw."""
+
+    MINMAX = "minmax"
+    MOVING_AVERAGE = "moving-average"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+    ENTROPY = "entropy"
+
+    @property
+    def needs_histogram(self) -> bool:
+        """Whether a second walk over the data fills a histogram."""
+        return self in (Calibrator.PERCENTILE, Calibrator.MSE, Calibrator.ENTROPY)
+
+
+@dataclass(frozen=True)
+class ActivationStats:
+    """What calibration saw of one value.
+
+    Attributes:
+        low, high: extremes over all finite elements.
+        average_low, average_high: moving averages (weight 0.9) of the extremes of the batches.
+        rms: root mean square of the finite elements.
+        finite: whether every element was finite.
+        count: number of elements.
+        histogram: counts in `BINS` equal bins over [low, high], or None.
+    """
+
+    low: float
+    high: float
+    average_low: float
+    average_high: float
+    rms: float
+    finite: bool
+    count: int
+    histogram: Array | None = None
+
+    def unholdable(self) -> str | None:
+        """Return why no 8-bit grid can hold the value (a mask's -inf or -3.4e38, say), or None."""
+        if not self.count:
+            return "calibration never saw an element of it"
+        if not self.finite:
+            return "it holds infinities or NaN (a mask?)"
+        if max(-self.low, self.high) > 1e20:
+            return f"it spans [{self.low:.3g}, {self.high:.3g}]: a mask's sentinel, which no 8-bit grid can hold"
+        return None
+
+
+def activation_range(stats: ActivationStats, calibrator: Calibrator, *, percentile: float = 99.999) -> tuple[float, float]:
+    """Return (low, high) of the interval that `calibrator` keeps.
+
+    Args:
+        stats: with a histogram where the calibrator needs one.
+        calibrator: which rule.
+        percentile: of PERCENTILE: the share in percent of the elements kept, the rest cut evenly from both tails.
+    """
+    if calibrator is Calibrator.MOVING_AVERAGE:
+        return stats.average_low, stats.average_high
+    if calibrator is Calibrator.MINMAX or stats.histogram is None or stats.low == stats.high:
+        return stats.low, stats.high
+    edges = np.linspace(stats.low, stats.high, BINS + 1)
+    if calibrator is Calibrator.PERCENTILE:
+        return _percentile(stats.histogram, edges, percentile)
+    return (_least_squares if calibrator is Calibrator.MSE else _entropy)(stats.histogram, edges)
+
+
+def _percentile(histogram: Array, edges: Array, percentile: float) -> tuple[float, float]:
+    share = np.cumsum(histogram) / histogram.sum()
+    tail = (1 - percentile / 100) / 2
+    low = edges[int(np.searchsorted(share, tail, side="right"))]
+    high = edges[min(int(np.searchsorted(share, 1 - tail, side="left")) + 1, BINS)]
+    return float(low), float(high)
+
+
+def _least_squares(histogram: Array, edges: Array) -> tuple[float, float]:
+    """Return the interval with the least mean squared error of the round trip, by coordinate descent over both ends."""
+    centers = (edges[:-1] + edges[1:]) / 2
+    low, high = float(edges[0]), float(edges[-1])
+    shrink = np.linspace(1.0, 0.1, 46)
+
+    def error(interval: tuple[float, float]) -> float:
+        difference = activation_grid(*interval).round_trip(centers) - centers
+        return float(np.dot(histogram, np.square(difference)))
+
+    best = (low, high)
+    for _ in range(2):
+        best = min(((low * s, best[1]) for s in shrink), key=error) if low < 0 else best
+        best = min(((best[0], high * s) for s in shrink), key=error) if high > 0 else best
+    return best
+
+
+def _entropy(histogram: Array, edges: Array) -> tuple[float, float]:
+    """Return the interval whose 256-level histogram has the least Kullback-Leibler divergence from the clipped one.
+
+    TensorRT's rule (Migacz, 2017), with both ends shrunk in the same proportion so that it serves skewed values too.
+    """
+    low, high = float(edges[0]), float(edges[-1])
+    centers = (edges[:-1] + edges[1:]) / 2
+    factors = np.linspace(1.0, 0.1, 91)
+    scores = [_divergence(histogram, (centers >= low * f) & (centers <= high * f)) for f in factors]
+    best = float(factors[int(np.argmin(scores))])
+    return low * best, high * best
+
+
+def _divergence(histogram: Array, kept: Array) -> float:
+    inside = np.flatnonzero(kept)
+    if inside.size < 256:
+        return float("inf")
+    reference = histogram[inside[0] : inside[-1] + 1].astype(np.float64)
+    levels = np.arange(reference.size) * 256 // reference.size
+    filled = reference > 0
+    total = np.bincount(levels, weights=reference, minlength=256)
+    members = np.bincount(levels, weights=filled, minlength=256)
+    quantized = np.where(filled, (total / np.maximum(members, 1))[levels], 0.0)
+    reference[0] += histogram[: inside[0]].sum()
+    reference[-1] += histogram[inside[-1] + 1 :].sum()
+    p, q = reference / reference.sum(), np.maximum(quantized / max(quantized.sum(), 1e-30), 1e-12)
+    positive = p > 0
+    return float(np.sum(p[positive] * np.log(p[positive] / q[positive])))

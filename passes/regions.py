@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integer regions: which values are quantized for everyone (around convolutions), and which only on the way into one layer.
+
+A convolution runs in integers only if its output is quantized too, so the values of a convolutional region are quantized for all who read
+them, residual Add included. The input of a linear layer is quantized on the edge into that layer alone: a residual Add that
+read the quantized value of a post-norm transformer would lose about 15 dB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+import onnx_ir as ir
+
+from splitfold.passes.layers import Layer
+from splitfold.passes.values import constant, sole_consumer
+
+__all__ = ["output_point", "region_values"]
+
+_COMPUTING = {"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat"}
+"""Operators with integer kernels that give their output a grid of its own."""
+_PASSING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Slice", "Gather"}
+"""Operators that move elements: their output has the grid of their input."""
+
+
+def output_point(layer: Layer) -> ir.Value:
+    """Return the value at which a convolution's output is quantized: after a Relu or Clip at zero, which the grid absorbs."""
+    return _after_activation(layer.node)
+
+
+def _after_activation(node: ir.Node) -> ir.Value:
+    follower = sole_consumer(node.outputs[0])
+    if follower is None or follower.graph is not node.graph or not _absorbed(follower):
+        return node.outputs[0]
+    return follower.outputs[0]
+
+
+def _absorbed(node: ir.Node) -> bool:
+    if node.op_type == "Relu":
+        return True
+    if node.op_type != "Clip" or len(node.inputs) < 2:
+        return False
+    low = constant(node.inputs[1])
+    return low is not None and float(low.numpy()) == 0.0
+
+
+def region_values(
+    nodes: Iterable[ir.Node], convolutions: Collection[Layer], anchors: Collection[ir.Node], holdable: Callable[[ir.Value], bool]
+) -> dict[ir.Value, ir.Value]:
+    """Return the values of the integer regions, each with the value whose grid it has (itself, or the source of a moving operator).
+
+    Args:
+        nodes: of the main graph, topologically sorted.
+        convolutions: the layers that are carried in integers with both sides quantized.
+        anchors: nodes of all layers that read quantized inputs.
+        holdable: whether an 8-bit grid can hold a value.
+    """
+    region = {point: point for point in map(output_point, convolutions)}
+    joined: list[ir.Value] = []
+    for node in nodes:
+        source = _grid_source(node, region, holdable)
+        point = _point(node)
+        if source is not None and point is not None and point not in region:
+            region[point] = source
+            joined.append(point)
+    return _without_unwanted(region, joined, set(anchors))
+
+
+def _point(node: ir.Node) -> ir.Value | None:
+    if node.domain != "" or node.op_type not in _COMPUTING | _PASSING or len(node.outputs) != 1:
+        return None
+    return _after_activation(node) if node.op_type == "Add" else node.outputs[0]
+
+
+def _grid_source(node: ir.Node, region: dict[ir.Value, ir.Value], holdable: Callable[[ir.Value], bool]) -> ir.Value | None:
+    first = node.inputs[0] if node.inputs else None
+    point = _point(node)
+    if first is None or point is None or first not in region:
+        return None
+    if node.op_type in _PASSING:
+        return region[first]
+    inside = all(value is not None and value in region for value in node.inputs)
+    return point if inside and holdable(point) else None
+
+
+def _without_unwanted(
+    region: dict[ir.Value, ir.Value], joined: list[ir.Value], anchors: set[ir.Node]
+) -> dict[ir.Value, ir.Value]:
+    """Drop joined values that lead to no integer layer: they would be rounded for nothing."""
+    kept = {value: source for value, source in region.items() if value not in set(joined)}
+    for value in reversed(joined):
+        readers = [use.node for use in value.uses()]
+        if any(node in anchors or _point(node) in kept for node in readers):
+            kept[value] = region[value]
+    return kept

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emitting static int8: Q/DQ on the values of integer regions and on the edges into linear layers, then the layers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from splitfold.passes.affine import ActivationGrid
+from splitfold.passes.base import Findings
+from splitfold.passes.carriers import Carried, QuantizedInput, carry_static, fake_quantize
+from splitfold.passes.layers import Layer, LayerKind
+from splitfold.passes.regions import region_values
+from splitfold.passes.values import drop_unused, replace_value
+
+__all__ = ["quantize_statically", "trial_carrier"]
+
+Grids = Mapping[str, ActivationGrid]
+"""Grid by value name, of the values that a grid can hold."""
+
+
+def trial_carrier(layers: Sequence[Layer], grids: Grids, levels: int) -> Callable[[Layer], Carried | None]:
+    """Return a function that emits a layer (of a copy of the model) with quantized input and weight, its output left in float."""
+    names = {layer.name for layer in layers}
+
+    def carry(layer: Layer) -> Carried | None:
+        if layer.name not in names or layer.kind is LayerKind.EMBEDDING:
+            return None
+        data = fake_quantize(layer.input, grids[layer.input.name or ""], layer.node)
+        return carry_static(layer, data, levels=levels)
+
+    return carry
+
+
+def quantize_statically(model: ir.Model, layers: Sequence[Layer], grids: Grids, levels: int, findings: Findings) -> None:
+    """Replace `layers` by their static int8 form, regions included, and record each with its weight."""
+    convolutions = [layer for layer in layers if layer.kind is LayerKind.CONV]
+    nodes = [layer.node for layer in layers]
+    region = region_values(model.graph, convolutions, nodes, lambda value: (value.name or "") in grids)
+    order = {node: position for position, node in enumerate(model.graph)}
+    inputs = {value: _quantize_for_all(value, grids[source.name or ""]) for value, source in region.items()}
+    for layer in layers:
+        if layer.input not in inputs:
+            inputs[layer.input] = _quantize_edge(layer.input, grids[layer.input.name or ""], nodes, order)
+    for layer in layers:
+        carried = carry_static(layer, inputs[layer.input], levels=levels)
+        replace_value(layer.output, carried.output)
+        drop_unused([layer.node])
+        findings.apply(layer.name, f"{layer.kind.value} static int8", weight=carried.weight)
+    if region:
+        findings.notes.append(f"{len(region)} values of integer regions are quantized for all their readers")
+
+
+def _first(nodes: Sequence[ir.Node], order: Mapping[ir.Node, int]) -> ir.Node:
+    return min((node for node in nodes if node in order), key=lambda node: order[node])
+
+
+def _quantize_for_all(value: ir.Value, grid: ActivationGrid) -> QuantizedInput:
+    """Let every reader of `value`, graph outputs included, read its round trip."""
+    uses = list(value.uses())
+    producer = value.producer()
+    graph = value.graph
+    if graph is None or producer is None:
+        raise ValueError(f"'{value.name}' is computed by no node of the graph")
+    data = fake_quantize(value, grid, producer, after=True)
+    for use in uses:
+        use.node.replace_input_with(use.idx, data.value)
+    if value.is_graph_output():
+        name = value.name
+        value.name = f"{name}_float"
+        for position, output in enumerate(graph.outputs):
+            if output is value:
+                graph.outputs[position] = data.value
+        data.value.name = name
+    return data
+
+
+def _quantize_edge(
+    value: ir.Value, grid: ActivationGrid, readers: Sequence[ir.Node], order: Mapping[ir.Node, int]
+) -> QuantizedInput:
+    chosen = set(readers)
+    return fake_quantize(value, grid, _first([use.node for use in value.uses() if use.node in chosen], order))

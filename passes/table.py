@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of passes, for the text form."""
+
+from __future__ import annotations
+
+from splitfold.passes.base import Pass
+from splitfold.passes.canonicalize import CanonicalizePass
+from splitfold.passes.legalize import LegalizePass
+from splitfold.passes.quantize_activations import QuantizeActivationsPass
+from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
+from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
+from splitfold.passes.quantize_weights import QuantizeWeightsPass
+
+__all__ = ["PASSES"]
+
+PASSES: tuple[type[Pass], ...] = (
+    CanonicalizePass,
+    QuantizeActivationsPass,
+    QuantizeDynamicPass,
+    QuantizeWeightsPass,
+    QuantizeEmbeddingsPass,
+    LegalizePass,
+)

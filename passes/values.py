@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small functions on values and nodes: constants, new initializers, emitting nodes, replacing values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitfold.passes.identity import inherit
+from splitfold.runtime.feeds import Array
+
+__all__ = ["add_initializer", "constant", "drop_unused", "emit", "float_attribute", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor of a value that no caller can change: an initializer that is not a graph input."""
+    if value is None or value.const_value is None or not value.is_initializer() or value.is_graph_input():
+        return None
+    return value.const_value
+
+
+def add_initializer(graph: ir.Graph, name: str, tensor: Array | ir.TensorProtocol) -> ir.Value:
+    """Add an initializer to `graph` under a free name made from `name`, and return its value.
+
+    A second initializer of one name would silently replace the first. One of that name with the same content is returned as it is, so that
+    layers that share a weight share its quantized form.
+    """
+    free, count = name, 0
+    while (present := graph.initializers.get(free)) is not None:
+        if _same(present.const_value, tensor):
+            return present
+        count += 1
+        free = f"{name}_{count}"
+    held = ir.tensor(np.ascontiguousarray(tensor), name=free) if isinstance(tensor, np.ndarray | np.generic) else tensor
+    value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(held.shape), const_value=held)
+    graph.register_initializer(value)
+    return value
+
+
+def _same(present: ir.TensorProtocol | None, tensor: Array | ir.TensorProtocol) -> bool:
+    if present is None or present.shape.numpy() != tuple(tensor.shape):
+        return False
+    if isinstance(tensor, np.ndarray | np.generic):
+        array = present.numpy()
+        return bool(array.dtype == tensor.dtype and np.array_equal(array, tensor))
+    return present is tensor
+
+
+def emit(
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    origins: Iterable[ir.Node] = (),
+    domain: str = "",
+    attributes: Mapping[str, object] | None = None,
+    names: Sequence[str] = (),
+    like: ir.Value | None = None,
+    dtype: ir.DataType | None = None,
+) -> ir.Value:
+    """Insert a node before `before`, and return its first output.
+
+    Args:
+        before: the node that it precedes, and whose layers it inherits.
+        op_type: operator.
+        inputs: input values; None is an omitted one.
+        origins: further nodes whose layers it inherits.
+        domain: operator domain.
+        attributes: attributes by name; None values are left out.
+        names: names of the outputs; made unique by the caller.
+        like: a value whose shape (and dtype) the first output has.
+        dtype: element type of the first output, where it differs from that of `like`.
+    """
+    kept = {name: value for name, value in (attributes or {}).items() if value is not None}
+    outputs = [ir.Value(name=name) for name in names] or [ir.Value()]
+    node = ir.node(op_type, list(inputs), kept, domain=domain, outputs=outputs)  # type: ignore[arg-type]
+    if like is not None:
+        node.outputs[0].shape = like.shape
+        node.outputs[0].type = like.type
+    if dtype is not None:
+        node.outputs[0].type = ir.TensorType(dtype)
+    graph = before.graph
+    if graph is None:
+        raise ValueError(f"{before.name} is in no graph")
+    graph.insert_before(before, node)
+    inherit([node], [before, *origins])
+    if domain and graph.opset_imports.get(domain) is None:
+        graph.opset_imports[domain] = 1
+    return node.outputs[0]
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let all consumers of `old` read `new`, which takes its name where `old` is a graph output."""
+    if old.is_graph_output():
+        name = old.name
+        old.name = f"{name}_replaced"
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        new.name = name
+    else:
+        old.replace_all_uses_with(new)
+    if new.shape is None:
+        new.shape = old.shape
+    if new.type is None:
+        new.type = old.type
+
+
+def sole_consumer(value: ir.Value) -> ir.Node | None:
+    """Return the one node that reads `value` (once), unless it is also a graph output."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def drop_unused(nodes: Iterable[ir.Node]) -> None:
+    """Remove those of `nodes` whose outputs nobody reads, and initializers that only they read."""
+    for node in nodes:
+        if any(output.uses() or output.is_graph_output() for output in node.outputs):
+            continue
+        inputs = list(node.inputs)
+        owner = node.graph
+        if owner is None:
+            continue
+        owner.remove(node, safe=True)
+        for value in inputs:
+            _drop_initializer(value)
+
+
+def _drop_initializer(value: ir.Value | None) -> None:
+    if value is None or value.uses() or value.is_graph_output() or value.is_graph_input() or not value.is_initializer():
+        return
+    owner = value.graph
+    if owner is not None and value.name is not None:
+        owner.initializers.pop(value.name, None)
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """Return an integer attribute, or its default."""
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else default
+
+
+def ints_attribute(node: ir.Node, name: str) -> tuple[int, ...] | None:
+    """Return an integer list attribute, or None."""
+    attribute = node.attributes.get(name)
+    return tuple(attribute.as_ints()) if attribute is not None else None
+
+
+def float_attribute(node: ir.Node, name: str, default: float) -> float:
+    """Return a float attribute, or its default."""
+    attribute = node.attributes.get(name)
+    return attribute.as_float() if attribute is not None else default

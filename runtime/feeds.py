@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feeds: one set of inputs for a model, by name; and seeded synthetic ones where the user gave none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitfold.runtime.errors import UnsupportedError, did_you_mean
+
+__all__ = ["Array", "Feeds", "check_feeds", "model_inputs", "synthetic_feeds"]
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+Feeds = Mapping[str, Array]
+"""Inputs of one run: array by input name."""
+
+_DYNAMIC_SIZES = {0: 2}
+"""Sizes for unknown dimensions by axis; any other axis gets 8."""
+
+
+def model_inputs(model: ir.Model) -> list[ir.Value]:
+    """Return the graph inputs that a caller must feed: those without a default value (initializer)."""
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def check_feeds(model: ir.Model, feeds: Feeds, *, where: str = "the feeds") -> None:
+    """Raise ``ValueError`` with the first mismatch of `feeds` against the model's inputs (name, rank, size, dtype, NaN)."""
+    known = {value.name or "": value for value in model.graph.inputs}
+    for name in feeds:
+        if name not in known:
+            raise ValueError(
+                f"{where} hold '{name}', which is not an input of the model."
+                f"{did_you_mean(name, known)} Inputs: {', '.join(known)}."
+            )
+    for value in model_inputs(model):
+        if value.name not in feeds:
+            raise ValueError(f"{where} lack the input '{value.name}'. Given: {', '.join(feeds) or 'nothing'}.")
+    for name, array in feeds.items():
+        _check_array(known[name], np.asarray(array), where)
+
+
+def _check_array(value: ir.Value, array: Array, where: str) -> None:
+    if value.dtype is not None and value.dtype != ir.DataType.STRING and array.dtype != value.dtype.numpy():
+        raise ValueError(f"{where}: '{value.name}' is {array.dtype}, the model expects {value.dtype.numpy()}.")
+    if value.shape is not None and not _fits(value.shape, array.shape):
+        raise ValueError(f"{where}: '{value.name}' has shape {list(array.shape)}, the model expects {value.shape}.")
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise ValueError(f"{where}: '{value.name}' holds NaN.")
+
+
+def _fits(shape: ir.Shape, actual: Sequence[int]) -> bool:
+    if len(shape) != len(actual):
+        return False
+    return all(not isinstance(dim, int) or dim == size for dim, size in zip(shape, actual, strict=True))
+
+
+def synthetic_feeds(model: ir.Model, *, seed: int = 0) -> dict[str, Array]:
+    """Return seeded feeds of the right shapes and dtypes and of plausible ranges.
+
+    Dimensions of one symbolic name get one size everywhere (2 on axis 0, 8 elsewhere). Floats are standard normal, integers are small token ids
+    that every table of the model can hold, masks (`*mask*`) are ones, booleans are true.
+
+    Raises:
+        UnsupportedError: an input is not a tensor, or its rank is unknown.
+    """
+    rng = np.random.default_rng(seed)
+    sizes: dict[str, int] = {}
+    limit = _smallest_table(model)
+    return {value.name or "": _synthetic(value, rng, sizes, limit) for value in model_inputs(model)}
+
+
+def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: dict[str, int], limit: int) -> Array:
+    if value.shape is None or value.dtype is None or not isinstance(value.type, ir.TensorType):
+        raise UnsupportedError(
+            f"no synthetic feed can be made for input '{value.name}' ({value.type}, shape unknown): pass example inputs."
+        )
+    shape = [_size(dim, axis, sizes) for axis, dim in enumerate(value.shape)]
+    if value.dtype == ir.DataType.STRING:
+        return np.full(shape, "text", dtype=object)
+    dtype = value.dtype.numpy()
+    if value.dtype == ir.DataType.BOOL or "mask" in (value.name or "").lower():
+        return np.ones(shape, dtype)
+    if value.dtype.is_integer():
+        return rng.integers(0, limit, shape).astype(dtype)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def _size(dim: int | ir.SymbolicDim, axis: int, sizes: dict[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    size = _DYNAMIC_SIZES.get(axis, 8)
+    return sizes.setdefault(dim.value, size) if dim.value is not None else size
+
+
+def _smallest_table(model: ir.Model) -> int:
+    """Return the row count of the smallest table that a Gather reads with computed indices (at least 2, at most 100)."""
+    rows = [
+        table.shape[0]
+        for node in model.graph.all_nodes()
+        if node.op_type == "Gather" and (table := node.inputs[0]) is not None and table.is_initializer()
+        if table.shape is not None and len(table.shape) == 2 and isinstance(table.shape[0], int)
+    ]
+    return max(2, min([100, *rows]))

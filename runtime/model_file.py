@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing `.onnx` files: clear errors, external data, nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from splitfold.runtime.errors import ArtifactError
+
+__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "file_digest", "new_folder", "read_model", "weight_bytes", "write_model"]
+
+MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+_EXTERNAL_ABOVE = 1_500_000_000
+"""Bytes of weights above which they go to a file of their own: protobuf ends at 2 GB."""
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read an ``.onnx`` file; external weights stay on disk (memory mapped) until they are used.
+
+    Raises:
+        ArtifactError: no such file, not an ONNX model, truncated, or external data missing or too short.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"no such file: {path}")
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise ArtifactError(f"{path} is not an ONNX model, or it is truncated ({type(error).__name__}: {error}).") from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise ArtifactError(f"{path} holds no graph: it is not an ONNX model, or it is truncated.")
+    _check_external(model, path)
+    return model
+
+
+def _check_external(model: ir.Model, path: Path) -> None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            data = Path(tensor.path)
+            if not data.is_file():
+                raise ArtifactError(f"{path}: external data of '{value.name}' is missing: {data} does not exist.")
+            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            if data.stat().st_size < end:
+                raise ArtifactError(f"{path}: external data of '{value.name}' is truncated: {data} ends before byte {end}.")
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Return the bytes of all initializers, those of subgraphs included."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def write_model(model: ir.Model, folder: Path, name: str = MODEL_FILE) -> list[Path]:
+    """Write `model` as `folder/name`, weights beside it where they exceed 1.5 GB; return the files written.
+
+    Raises:
+        ArtifactError: the disk is full or the folder not writable; files already written are removed.
+    """
+    files = [folder / name]
+    external = f"{name}.data" if weight_bytes(model) > _EXTERNAL_ABOVE else None
+    if external is not None:
+        files.append(folder / external)
+    try:
+        ir.save(model, files[0], external_data=external)
+    except OSError as error:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {files[0]}: {_reason(error)}.") from error
+    return files
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "no space left on the device; nothing half-written remains"
+    return error.strerror or str(error)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a scratch folder that takes the place of `folder` on success and vanishes on failure.
+
+    Raises:
+        ArtifactError: `folder` is a file, is not empty and `overwrite` is false, or cannot be written.
+    """
+    if folder.is_file():
+        raise ArtifactError(f"{folder} is a file, not a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ArtifactError(f"the folder {folder} is not empty: choose another one, or pass overwrite=True (--overwrite).")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {folder.parent}: {_reason(error)}.") from error
+    try:
+        yield scratch
+        _replace(folder, scratch)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {_reason(error)}.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(folder: Path, scratch: Path) -> None:
+    scratch.chmod(0o755)
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        folder.rename(old / folder.name)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            (old / folder.name).rename(folder)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        scratch.rename(folder)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

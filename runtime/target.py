@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets: what runs the artifact, and which low-bit carriers it has. A target is data; passes ask it, never name it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+__all__ = ["Carrier", "Target"]
+
+
+class Carrier(enum.Enum):
+    """A way in which a target computes a layer with low-bit weights."""
+
+    STATIC_QDQ = "static-qdq"
+    """QuantizeLinear/DequantizeLinear around the operator, fused by the runtime to an integer kernel."""
+    DYNAMIC_INT8 = "dynamic-int8"
+    """DynamicQuantizeLinear and MatMulInteger, fused by the runtime to DynamicQuantizeMatMul / MatMulIntegerToFloat."""
+    MATMUL_NBITS = "matmul-nbits"
+    """com.microsoft::MatMulNBits: block-wise weights."""
+    BLOCKED_DEQUANTIZE = "blocked-dequantize"
+    """DequantizeLinear with `block_size` (opset 21) before a float MatMul."""
+    GATHER_ROWS = "gather-rows"
+    """Gather of integer rows, scaled after the gather."""
+    GATHER_BLOCKS = "gather-blocks"
+    """com.microsoft::GatherBlockQuantized: block-wise 4-bit tables."""
+
+
+_ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an artifact is to run.
+
+    Args:
+        name: text form, as in ``--target cpu``.
+        provider: ONNX Runtime execution provider.
+        opset: newest default-domain opset that the target is known to run.
+        carriers: the low-bit carriers that the provider has kernels for.
+        domains: operator domains that the provider has kernels for.
+        weight_levels: largest magnitude of an 8-bit weight code: 127, or 63 (7 bits) where u8 x s8 sums saturate (x86 without VNNI).
+        low_bit_kernels: operator types of the runtime's optimised graph that compute in low precision.
+    """
+
+    name: str
+    provider: str
+    opset: int
+    carriers: frozenset[Carrier]
+    domains: tuple[str, ...] = (*_ONNX_DOMAINS, "com.microsoft")
+    weight_levels: int = 127
+    low_bit_kernels: frozenset[str] = field(default_factory=lambda: _CPU_KERNELS)
+
+    @staticmethod
+    def cpu() -> Target:
+        """Return ONNX Runtime's CPU provider on x86-64 with VNNI or Arm with dot products."""
+        return Target("cpu", "CPUExecutionProvider", 24, frozenset(Carrier))
+
+    def supports(self, node: ir.Node) -> bool:
+        """Whether operators of the domain of `node` are expected to run; a custom domain is not known to."""
+        return node.domain in self.domains
+
+    def carries(self, carrier: Carrier) -> bool:
+        """Whether the target has kernels for `carrier`."""
+        return carrier in self.carriers
+
+
+_CPU_KERNELS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QAttention",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearGlobalAveragePool",
+        "QLinearLeakyRelu",
+        "QLinearMatMul",
+        "QLinearMul",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+        "QLinearWhere",
+    }
+)
