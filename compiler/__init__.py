@@ -1,1 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The compiler: `compile` a model into a verified artifact."""
+
+from __future__ import annotations
+
+from splitfold.compiler import presets
+from splitfold.compiler.driver import compile  # noqa: A004 - the name users look for
+from splitfold.compiler.realisation import Unrealised
+from splitfold.compiler.tolerance import Budget, Tolerance
+from splitfold.passes.pipeline import Pipeline
+from splitfold.runtime.artifact import Artifact
+from splitfold.runtime.session import Session
+from splitfold.runtime.target import Target
+
+__all__ = ["Artifact", "Budget", "Pipeline", "Session", "Target", "Tolerance", "Unrealised", "compile", "presets"]

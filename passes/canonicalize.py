@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from splitfold.passes.base import Context, Contract, Findings, Pass
-from splitfold.passes.fingerprint import fingerprint
+from splitfold.runtime.digest import structure_digest
 from splitfold.passes.fold_batchnorm import fold_batchnorm
 from splitfold.passes.fold_constants import fold_constants
 from splitfold.passes.identity import inherit_missing, name_layers
@@ -47,7 +47,7 @@ class CanonicalizePass(Pass):
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
-        before = fingerprint(model)
+        before = structure_digest(model)
         common.InlinePass()(model)
         _drop_overridable(model, findings)
         if reason := raise_opset(model):
@@ -61,7 +61,7 @@ class CanonicalizePass(Pass):
         _clean(model)
         if orphans := inherit_missing(model):
             logger.debug("%d nodes have no layer", len(orphans))
-        return fingerprint(model) != before
+        return structure_digest(model) != before
 
 
 def _drop_overridable(model: ir.Model, findings: Findings) -> None:

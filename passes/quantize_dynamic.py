@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,8 +60,7 @@ class QuantizeDynamicPass(LayerPass):
         levels = min(context.target.weight_levels, 127 if self.weight_bits == 8 else 63)
         if layers and self.min_sqnr > 0:
             calibration = required_calibration(context.calibration, f"{self.name}{{min-sqnr}}", model)
-            names = {layer.name for layer in layers}
-            measured = local_sqnr(model, lambda layer: _tried(layer, names, levels), calibration, context.target)
+            measured = local_sqnr(model, _trial_carrier(layers, levels), calibration, context.target)
             layers = [layer for layer in layers if self._accurate(layer, measured, findings)]
         shared: dict[tuple[ir.Value, ir.Graph | None], Quantized] = {}
         for layer in layers:
@@ -128,5 +127,11 @@ def _quantized(layer: Layer, shared: dict[tuple[ir.Value, ir.Graph | None], Quan
     return shared[key]
 
 
-def _tried(layer: Layer, names: set[str], levels: int) -> Carried | None:
-    return carry_dynamic(layer, _quantized(layer, {}), levels=levels) if layer.name in names else None
+def _trial_carrier(layers: list[Layer], levels: int) -> Callable[[Layer], Carried | None]:
+    names = {layer.name for layer in layers}
+    shared: dict[tuple[ir.Value, ir.Graph | None], Quantized] = {}
+
+    def carry(layer: Layer) -> Carried | None:
+        return carry_dynamic(layer, _quantized(layer, shared), levels=levels) if layer.name in names else None
+
+    return carry

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from splitfold.passes.carriers import Carried
 from splitfold.passes.layers import Layer, find_layers
+from splitfold.passes.values import forget_names
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.feeds import Array
 from splitfold.runtime.session import Optimization, Session
@@ -57,6 +58,7 @@ def local_sqnr(
         target: where the trial runs.
     """
     copy = model.clone()
+    forget_names(copy)
     pairs: dict[str, tuple[str, str]] = {}
     for layer in find_layers(copy)[0]:
         if not layer.in_subgraph and (carried := carry(layer)) is not None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from splitfold.passes.identity import inherit
 from splitfold.runtime.feeds import Array
 
-__all__ = ["add_initializer", "constant", "drop_unused", "emit", "float_attribute", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
+__all__ = ["add_initializer", "constant", "drop_unused", "emit", "float_attribute", "forget_names", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -33,10 +33,32 @@ def add_initializer(graph: ir.Graph, name: str, tensor: Array | ir.TensorProtoco
             return present
         count += 1
         free = f"{name}_{count}"
-    held = ir.tensor(np.ascontiguousarray(tensor), name=free) if isinstance(tensor, np.ndarray | np.generic) else tensor
+    held = ir.tensor(np.array(tensor, order="C"), name=free) if isinstance(tensor, np.ndarray | np.generic) else tensor
     value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(held.shape), const_value=held)
     graph.register_initializer(value)
     return value
+
+
+_TAKEN = "splitfold.taken_names"
+
+
+def forget_names(model: ir.Model) -> None:
+    """Forget which names are taken: call it where values may have come or gone by other means than `emit`."""
+    for graph in model.graphs():
+        graph.meta.pop(_TAKEN, None)
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    if _TAKEN not in graph.meta:
+        values = [output for node in graph.all_nodes() for output in node.outputs]
+        graph.meta[_TAKEN] = {value.name for value in (*values, *graph.inputs)} | set(graph.initializers)
+    taken: set[str] = graph.meta[_TAKEN]
+    free, count = name, 0
+    while free in taken:
+        count += 1
+        free = f"{name}_{count}"
+    taken.add(free)
+    return free
 
 
 def _same(present: ir.TensorProtocol | None, tensor: Array | ir.TensorProtocol) -> bool:
@@ -69,21 +91,21 @@ def emit(
         origins: further nodes whose layers it inherits.
         domain: operator domain.
         attributes: attributes by name; None values are left out.
-        names: names of the outputs; made unique by the caller.
+        names: names of the outputs; a number is added to one that is taken.
         like: a value whose shape (and dtype) the first output has.
         dtype: element type of the first output, where it differs from that of `like`.
     """
+    graph = before.graph
+    if graph is None:
+        raise ValueError(f"{before.name} is in no graph")
     kept = {name: value for name, value in (attributes or {}).items() if value is not None}
-    outputs = [ir.Value(name=name) for name in names] or [ir.Value()]
+    outputs = [ir.Value(name=_free_name(graph, name)) for name in names] or [ir.Value()]
     node = ir.node(op_type, list(inputs), kept, domain=domain, outputs=outputs)  # type: ignore[arg-type]
     if like is not None:
         node.outputs[0].shape = like.shape
         node.outputs[0].type = like.type
     if dtype is not None:
         node.outputs[0].type = ir.TensorType(dtype)
-    graph = before.graph
-    if graph is None:
-        raise ValueError(f"{before.name} is in no graph")
     graph.insert_before(before, node)
     inherit([node], [before, *origins])
     if domain and graph.opset_imports.get(domain) is None:

@@ -16,8 +16,8 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 Feeds = Mapping[str, Array]
 """Inputs of one run: array by input name."""
 
-_DYNAMIC_SIZES = {0: 2}
-"""Sizes for unknown dimensions by axis; any other axis gets 8."""
+_BATCH = 2
+"""Size of an unknown dimension on axis 0."""
 
 
 def model_inputs(model: ir.Model) -> list[ir.Value]:
@@ -56,27 +56,41 @@ def _fits(shape: ir.Shape, actual: Sequence[int]) -> bool:
     return all(not isinstance(dim, int) or dim == size for dim, size in zip(shape, actual, strict=True))
 
 
-def synthetic_feeds(model: ir.Model, *, seed: int = 0) -> dict[str, Array]:
+def synthetic_feeds(model: ir.Model, *, seed: int = 0, size: int = 8) -> dict[str, Array]:
     """Return seeded feeds of the right shapes and dtypes and of plausible ranges.
 
-    Dimensions of one symbolic name get one size everywhere (2 on axis 0, 8 elsewhere). Floats are standard normal, integers are small token ids
+    Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere). Floats are standard normal, integers are small token ids
     that every table of the model can hold, masks (`*mask*`) are ones, booleans are true.
 
     Raises:
         UnsupportedError: an input is not a tensor, or its rank is unknown.
     """
     rng = np.random.default_rng(seed)
-    sizes: dict[str, int] = {}
+    sizes = _Sizes(size)
     limit = _smallest_table(model)
     return {value.name or "": _synthetic(value, rng, sizes, limit) for value in model_inputs(model)}
 
 
-def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: dict[str, int], limit: int) -> Array:
+class _Sizes(dict[str, int]):
+    """Sizes given to symbolic dimensions so far."""
+
+    def __init__(self, default: int) -> None:
+        super().__init__()
+        self._default = default
+
+    def of(self, dim: int | ir.SymbolicDim, axis: int) -> int:
+        if isinstance(dim, int):
+            return dim
+        size = self._default if axis else _BATCH
+        return self.setdefault(dim.value, size) if dim.value is not None else size
+
+
+def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes, limit: int) -> Array:
     if value.shape is None or value.dtype is None or not isinstance(value.type, ir.TensorType):
         raise UnsupportedError(
             f"no synthetic feed can be made for input '{value.name}' ({value.type}, shape unknown): pass example inputs."
         )
-    shape = [_size(dim, axis, sizes) for axis, dim in enumerate(value.shape)]
+    shape = [sizes.of(dim, axis) for axis, dim in enumerate(value.shape)]
     if value.dtype == ir.DataType.STRING:
         return np.full(shape, "text", dtype=object)
     dtype = value.dtype.numpy()
@@ -85,13 +99,6 @@ def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: dict[str, int],
     if value.dtype.is_integer():
         return rng.integers(0, limit, shape).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)
-
-
-def _size(dim: int | ir.SymbolicDim, axis: int, sizes: dict[str, int]) -> int:
-    if isinstance(dim, int):
-        return dim
-    size = _DYNAMIC_SIZES.get(axis, 8)
-    return sizes.setdefault(dim.value, size) if dim.value is not None else size
 
 
 def _smallest_table(model: ir.Model) -> int:

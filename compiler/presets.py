@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets: functions that return a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from splitfold.passes.canonicalize import CanonicalizePass
+from splitfold.passes.errors import SpecError
+from splitfold.passes.pipeline import Pipeline
+from splitfold.passes.quantize_activations import QuantizeActivationsPass
+from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
+from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
+from splitfold.passes.quantize_weights import QuantizeWeightsPass
+from splitfold.runtime.errors import did_you_mean
+
+__all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "preset"]
+
+_STATIC_SQNR = 20.0
+"""dB below which a layer's static form is not taken."""
+_DYNAMIC_SQNR = 15.0
+"""dB below which a layer stays in float: what a per-tensor grid cannot hold either way."""
+
+
+def exact() -> Pipeline:
+    """Return the lossless pipeline: canonical form only."""
+    return Pipeline.of(CanonicalizePass())
+
+
+def int8() -> Pipeline:
+    """Return static int8 where a layer's own error allows it, dynamic int8 for the linear layers it does not, float for the rest.
+
+    Needs calibration data. Embedding tables are held in int8.
+    """
+    return Pipeline.of(
+        CanonicalizePass(),
+        QuantizeActivationsPass(min_sqnr=_STATIC_SQNR),
+        QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
+        QuantizeEmbeddingsPass(),
+    )
+
+
+def int8_dynamic() -> Pipeline:
+    """Return dynamic int8 for linear layers and int8 embedding tables; needs no calibration data."""
+    return Pipeline.of(CanonicalizePass(), QuantizeDynamicPass(), QuantizeEmbeddingsPass())
+
+
+def int4() -> Pipeline:
+    """Return 4-bit weights in blocks of 32 with zero points, and int8 embedding tables; needs no calibration data."""
+    return Pipeline.of(CanonicalizePass(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass())
+
+
+PRESETS: Mapping[str, Callable[[], Pipeline]] = {"exact": exact, "int8": int8, "int8-dynamic": int8_dynamic, "int4": int4}
+
+
+def preset(name: str) -> Pipeline:
+    """Return the pipeline of the preset of this name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if name not in PRESETS:
+        raise SpecError(f"unknown preset '{name}'.{did_you_mean(name, PRESETS)} Known: {', '.join(PRESETS)}.")
+    return PRESETS[name]()

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel realisation: which kernel of the target really reads each low-bit weight, read from the runtime's own optimised graph."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitfold.passes.pipeline import PassRecord
+from splitfold.runtime.session import optimized_graph
+from splitfold.runtime.target import Target
+
+__all__ = ["Realisation", "Unrealised", "read_realisation"]
+
+
+class Unrealised(enum.Enum):
+    """What happens to a layer that was to be low-bit and that no low-bit kernel computes."""
+
+    FLOAT = "float"
+    """It is put back to float: DequantizeLinear and a float kernel are slower than the float layer was."""
+    KEEP = "keep"
+    """It stays as it is: smaller, slower."""
+    ERROR = "error"
+    """Compilation fails."""
+
+
+@dataclass(frozen=True)
+class Realisation:
+    """What one layer came to.
+
+    Attributes:
+        layer: user-facing name.
+        kernel: operator of the runtime's optimised graph that reads the low-bit weight.
+        realised: whether that operator computes in low precision.
+    """
+
+    layer: str
+    kernel: str
+    realised: bool
+
+
+def read_realisation(model: ir.Model, records: Iterable[PassRecord], target: Target) -> list[Realisation]:
+    """Open `model` as deployed and return what became of each layer that a pass carried in low precision.
+
+    Raises:
+        SessionError: the runtime refuses the model.
+    """
+    carried = [(layer, weight) for record in records for layer, names in record.carried.items() for weight in names]
+    if not carried:
+        return []
+    optimized = optimized_graph(model, target)
+    readers = _readers(optimized)
+    outputs = _outputs_by_weight(model)
+    producers = {value.name: node for graph in optimized.graphs() for node in graph for value in node.outputs}
+    found = []
+    for layer, weight in carried:
+        kernel = readers.get(weight) or _by_output(producers, outputs.get(weight, ()))
+        found.append(Realisation(layer, kernel, kernel in target.low_bit_kernels))
+    return found
+
+
+def _readers(model: ir.Model) -> dict[str, str]:
+    return {
+        value.name or "": node.op_type
+        for graph in model.graphs()
+        for node in graph
+        for value in node.inputs
+        if value is not None and value.is_initializer()
+    }
+
+
+def _outputs_by_weight(model: ir.Model) -> dict[str, tuple[str, ...]]:
+    """Return, by weight name, the outputs of the operator that computes with it, through a DequantizeLinear."""
+    found: dict[str, tuple[str, ...]] = {}
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            nodes = [use.node for use in value.uses()]
+            through = [use.node for node in nodes if node.op_type == "DequantizeLinear" for use in node.outputs[0].uses()]
+            found[name] = tuple(output.name or "" for node in through or nodes for output in node.outputs)
+    return found
+
+
+def _by_output(producers: Mapping[str | None, ir.Node], outputs: Iterable[str]) -> str:
+    """Return the kernel that makes one of `outputs` where the runtime renamed (repacked) the weight."""
+    for output in outputs:
+        if output in producers:
+            return producers[output].op_type
+    return "not found in the runtime's graph"

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever the user brings, as an `onnx_ir.Model` with example feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from splitfold.compiler.capture import capture_torch, is_torch_model
+from splitfold.compiler.errors import CaptureError
+from splitfold.runtime.calibration import Calibration
+from splitfold.runtime.errors import SessionError, UnsupportedError
+from splitfold.runtime.feeds import Array, Feeds, check_feeds, model_inputs, synthetic_feeds
+from splitfold.runtime.model_file import MODEL_FILE, read_model
+from splitfold.runtime.session import Optimization, Session
+from splitfold.runtime.target import Target
+
+__all__ = ["Source", "load_source"]
+
+_SIZES = (8, 1, 32, 512, 224)
+"""Sizes tried for dynamic axes where the user gave no inputs and the model does not run with the first."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model as it came, and the inputs that its outputs are compared on.
+
+    Attributes:
+        model: the ONNX graph before any pass.
+        feeds: example inputs.
+        path: the file it was read from, or None.
+        synthetic: whether `feeds` were made up.
+    """
+
+    model: ir.Model
+    feeds: Feeds
+    path: Path | None
+    synthetic: bool
+
+
+def load_source(
+    model: object, example_inputs: object, dynamic_shapes: object, calibration: Calibration | None, target: Target
+) -> Source:
+    """Return the model as ONNX IR, with example feeds: the user's, else calibration's first batch, else seeded synthetic ones.
+
+    Raises:
+        CaptureError: the model is nothing that can be compiled, or its weights hold NaN or infinity.
+        ArtifactError: a file cannot be read.
+        ValueError: example inputs that do not fit.
+    """
+    if is_torch_model(model):
+        captured, feeds = capture_torch(model, example_inputs, dynamic_shapes)
+        check_finite(captured)
+        return Source(captured, feeds, None, False)
+    read, path = _read(model)
+    check_finite(read)
+    if example_inputs is not None:
+        return Source(read, _named(read, example_inputs), path, False)
+    if calibration is not None:
+        return Source(read, next(iter(calibration.checked(read))), path, False)
+    return Source(read, runnable_feeds(read, target), path, True)
+
+
+def _read(model: object) -> tuple[ir.Model, Path | None]:
+    if isinstance(model, ir.Model):
+        return model.clone(), None
+    if isinstance(model, onnx.ModelProto):
+        return ir.from_proto(model), None
+    if isinstance(model, str | Path):
+        path = Path(model)
+        file = path / MODEL_FILE if path.is_dir() else path
+        return read_model(file), file
+    raise CaptureError(
+        f"cannot compile a {type(model).__name__}: pass an nn.Module, ExportedProgram, path, onnx.ModelProto, onnx_ir.Model or artifact folder."
+    )
+
+
+def check_finite(model: ir.Model) -> None:
+    """Raise `CaptureError` for the first weight matrix that holds NaN or infinity (a scalar -inf is a legitimate mask)."""
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE) or tensor.size < 2:
+                continue
+            array = tensor.numpy()
+            if np.isnan(array).any() or (np.isinf(array).any() and _is_weight(value)):
+                raise CaptureError(f"weight '{name}' holds NaN or infinity: the model is damaged (a diverged training?).")
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return any(use.node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose", "BatchNormalization") for use in value.uses())
+
+
+def _named(model: ir.Model, example_inputs: object) -> Feeds:
+    names = [value.name or "" for value in model_inputs(model)]
+    if isinstance(example_inputs, Mapping):
+        feeds: dict[str, Array] = {str(name): _array(value) for name, value in example_inputs.items()}
+    else:
+        items = list(example_inputs) if isinstance(example_inputs, tuple | list) else [example_inputs]
+        if len(items) != len(names):
+            raise ValueError(f"{len(items)} example inputs, the model has {len(names)}: {', '.join(names)}.")
+        feeds = {name: _array(value) for name, value in zip(names, items, strict=True)}
+    check_feeds(model, feeds, where="the example inputs")
+    return feeds
+
+
+def _array(value: object) -> Array:
+    detach = getattr(value, "detach", None)
+    return np.asarray(detach().cpu().numpy() if detach is not None else value)
+
+
+def runnable_feeds(model: ir.Model, target: Target) -> Feeds:
+    """Return synthetic feeds that the model runs with, trying several sizes of its dynamic axes.
+
+    Raises:
+        UnsupportedError: none of them runs.
+    """
+    session = Session(model, target, optimization=Optimization.OFF)
+    last = ""
+    for feeds in _candidates(model):
+        try:
+            session.run(feeds)
+        except SessionError as error:
+            last = str(error)
+            continue
+        return feeds
+    raise UnsupportedError(f"the model does not run on synthetic inputs: pass example inputs (--inputs). {last}")
+
+
+def _candidates(model: ir.Model) -> Iterator[Feeds]:
+    static = all(value.shape is not None and value.shape.is_static() for value in model_inputs(model))
+    for size in _SIZES[:1] if static else _SIZES:
+        yield synthetic_feeds(model, size=size)

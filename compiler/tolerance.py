@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a compiled model may be from its reference, and how large it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from splitfold.compiler.errors import BudgetError, VerificationError
+from splitfold.runtime.compare import Deviation, worst
+
+__all__ = ["Budget", "Tolerance"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits on the deviation of every output; None is no limit.
+
+    Args:
+        cosine: least cosine similarity.
+        sqnr_db: least signal to quantization noise ratio, in dB.
+        max_abs: largest absolute difference.
+        top1: least share of rows whose largest element agrees.
+        metric_drop: largest loss of the user's metric (absolute; more is better).
+    """
+
+    cosine: float | None = 0.9
+    sqnr_db: float | None = None
+    max_abs: float | None = None
+    top1: float | None = None
+    metric_drop: float | None = None
+
+    def check(self, deviations: Mapping[str, Deviation], blame: str) -> None:
+        """Raise `VerificationError` for the worst output that is beyond a limit."""
+        ranked = sorted(deviations.items(), key=lambda item: item[1].sqnr_db)
+        for output, found in ranked:
+            if broken := self._broken(found):
+                raise VerificationError(
+                    f"output '{output}' is further from the reference than the tolerance allows: {broken} ({found}). "
+                    f"The pass with the largest deviation: {blame or 'none'}. Exclude layers, choose another preset, or widen the tolerance.",
+                    output=output,
+                    deviation=found,
+                    blame=blame,
+                )
+
+    def _broken(self, found: Deviation) -> str:
+        if self.cosine is not None and not found.cosine >= self.cosine:
+            return f"cosine {found.cosine:.5f} < {self.cosine:g}"
+        if self.sqnr_db is not None and not found.sqnr_db >= self.sqnr_db:
+            return f"SQNR {found.sqnr_db:.1f} dB < {self.sqnr_db:g} dB"
+        if self.max_abs is not None and not found.max_abs <= self.max_abs:
+            return f"largest difference {found.max_abs:.3g} > {self.max_abs:g}"
+        if self.top1 is not None and found.top1 is not None and found.top1 < self.top1:
+            return f"top-1 agreement {found.top1:.3f} < {self.top1:g}"
+        return ""
+
+    def check_metric(self, before: float, after: float) -> None:
+        """Raise `VerificationError` where the user's metric fell by more than `metric_drop`."""
+        if self.metric_drop is not None and not before - after <= self.metric_drop:
+            raise VerificationError(
+                f"the metric fell from {before:.6g} to {after:.6g}, by more than metric_drop = {self.metric_drop:g}."
+            )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the result may cost; None is no limit.
+
+    Args:
+        megabytes: largest size of all weights, in 10^6 bytes.
+    """
+
+    megabytes: float | None = None
+
+    def check(self, size: int) -> None:
+        """Raise `BudgetError` where `size` (bytes) is over the budget."""
+        if self.megabytes is not None and size > self.megabytes * 1e6:
+            raise BudgetError(f"the result has {size / 1e6:.2f} MB of weights, over the budget of {self.megabytes:g} MB.")
+
+
+def worst_text(deviations: Mapping[str, Deviation]) -> str:
+    """Return the worst output and its deviation as text."""
+    found = worst(deviations)
+    return f"{found[0]}: {found[1]}" if found else "no output"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification: exact passes are held to it, lossy ones are measured, and the end result is compared with the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from splitfold.compiler.errors import VerificationError
+from splitfold.passes.base import Contract, Pass
+from splitfold.passes.errors import PassFailedError
+from splitfold.passes.identity import display_layer
+from splitfold.passes.pipeline import PassRecord
+from splitfold.runtime.compare import Deviation, deviation, exactness, first_non_finite, worst
+from splitfold.runtime.errors import SessionError
+from splitfold.runtime.feeds import Array, Feeds
+from splitfold.runtime.session import Optimization, Session
+from splitfold.runtime.target import Target
+
+__all__ = ["Verifier", "compare_outputs", "name_non_finite"]
+
+_RTOL = {"f2": 5e-3, "f4": 1e-4, "f8": 1e-10}
+"""Beyond re-association, by float dtype: relative to the value and the output's root mean square."""
+
+Outputs = Mapping[str, Array]
+
+
+class Verifier:
+    """Observer that runs the model after every pass, the runtime's optimisations off, and compares its outputs with those before.
+
+    Args:
+        model: the model before the first pass.
+        feeds: inputs it is run on.
+        target: where it runs.
+    """
+
+    def __init__(self, model: ir.Model, feeds: Feeds, target: Target) -> None:
+        self._feeds = feeds
+        self._target = target
+        self.reference: Outputs = self._run(model)
+        """Outputs of the model before the first pass."""
+        self._last = self.reference
+        self._done: list[str] = []
+
+    @classmethod
+    def resumed(cls, reference: Outputs, feeds: Feeds, target: Target) -> Verifier:
+        """Return a verifier for another run over the same model, whose outputs are already known."""
+        made = cls.__new__(cls)
+        made._feeds, made._target = feeds, target
+        made.reference = made._last = reference
+        made._done = []
+        return made
+
+    def _run(self, model: ir.Model) -> Outputs:
+        return Session(model, self._target, optimization=Optimization.OFF).run(self._feeds)
+
+    def before_pass(self, step: Pass, index: int, total: int) -> None:
+        """Nothing to do."""
+
+    def after_pass(self, step: Pass, model: ir.Model, record: PassRecord) -> PassRecord:
+        """Run the model, hold an exact pass to its word, and add the deviation to the record.
+
+        Raises:
+            PassFailedError: the model does not run any more, or an exact pass changed an output.
+            VerificationError: an output became NaN or infinite.
+        """
+        if not record.modified:
+            self._done.append(record.text)
+            return record
+        now = self._outputs(step, model)
+        if step.contract is Contract.EXACT:
+            self._check_exact(step, now)
+        self._check_finite(step, model, now)
+        found = worst(compare_outputs(self._last, now))
+        self._last = now
+        self._done.append(record.text)
+        return dataclasses.replace(record, deviation=found[1] if found else None)
+
+    def _outputs(self, step: Pass, model: ir.Model) -> Outputs:
+        try:
+            return self._run(model)
+        except SessionError as error:
+            raise PassFailedError(f"the model does not run any more: {error}", failed=str(step), before=tuple(self._done)) from error
+
+    def _check_exact(self, step: Pass, now: Outputs) -> None:
+        for (name, before), after in zip(self._last.items(), now.values(), strict=True):
+            found = exactness(before, after, rtol=_RTOL.get(before.dtype.str[1:], 1e-4))
+            if found.excess > 1:
+                raise PassFailedError(
+                    f"it promises the same outputs, but '{name}' moved by up to {found.max_abs:.3g}, {found.excess:.3g} times what re-association explains",
+                    failed=str(step),
+                    before=tuple(self._done),
+                )
+
+    def _check_finite(self, step: Pass, model: ir.Model, now: Outputs) -> None:
+        name = first_non_finite(now)
+        if name is not None and first_non_finite(self._last) is None:
+            where = name_non_finite(model, self._feeds, self._target)
+            raise VerificationError(f"after {step} output '{name}' holds NaN or infinity; {where}.", output=name, blame=str(step))
+
+
+def compare_outputs(reference: Outputs, actual: Outputs) -> dict[str, Deviation]:
+    """Return the deviation of each numeric output, matched by position; a changed shape is infinitely far."""
+    found = {}
+    for (name, before), after in zip(reference.items(), actual.values(), strict=True):
+        if before.dtype.kind not in "fiub":
+            continue
+        if before.shape != after.shape:
+            found[name] = Deviation(np.inf, np.inf, 0.0, -np.inf, None)
+        else:
+            found[name] = deviation([before], [after])
+    return found
+
+
+def name_non_finite(model: ir.Model, feeds: Feeds, target: Target) -> str:
+    """Return a text that names the first value, in order of execution, that holds NaN or infinity."""
+    values = [
+        (output.name or "", node)
+        for node in model.graph
+        for output in node.outputs
+        if output.name and output.dtype is not None and output.dtype.is_floating_point()
+    ]
+    names = [name for name, _ in values]
+    results = Session(model, target, optimization=Optimization.OFF, taps=names).run(feeds, names)
+    for name, node in values:
+        if not np.isfinite(results[name].astype(np.float64)).all():
+            return f"the first value that does is '{name}' of layer {display_layer(node)} ({node.op_type})"
+    return "no value inside the graph does"
