@@ -30,7 +30,6 @@ from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import Deviation, first_non_finite
 from splitfold.runtime.digest import content_digest, feeds_digest
 from splitfold.runtime.errors import SessionError
-from splitfold.runtime.feeds import model_inputs
 from splitfold.runtime.model_file import weight_bytes
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
@@ -85,26 +84,16 @@ def compile(  # noqa: A001 - the name users look for
         BudgetError: the result costs too much.
     """
     place = target or Target.cpu()
-    data = _calibration(model, calibration)
-    source = load_source(model, example_inputs, dynamic_shapes, data, place)
+    source = load_source(model, example_inputs, dynamic_shapes, calibration, place)
     steps = _complete(pipeline)
-    build = _Build(source, place, data, tuple(observers), unrealised)
+    build = _Build(source, place, source.calibration, tuple(observers), unrealised)
     result, records, realised, steps = build.run(steps)
     limits = tolerance or Tolerance()
     deviations = _verify(result, build.reference, source, place, limits, records)
     (budget or Budget()).check(weight_bytes(result))
-    facts = _facts(source, place, data) | _metric(evaluate, source.model, result, place, limits)
+    facts = _facts(source, place, source.calibration) | _metric(evaluate, source.model, result, place, limits)
     manifest = build_manifest(result, steps, records, realised, deviations, facts)
     return Artifact(result, manifest, place, tuple(records))
-
-
-def _calibration(model: object, calibration: object) -> Calibration | None:
-    if calibration is None or isinstance(calibration, Calibration):
-        return calibration
-    names: tuple[str, ...] = ()
-    if isinstance(model, ir.Model):
-        names = tuple(value.name or "" for value in model_inputs(model))
-    return Calibration.of(calibration, inputs=names)
 
 
 def _complete(pipeline: Pipeline | str | None) -> Pipeline:

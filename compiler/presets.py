@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.errors import SpecError
+from splitfold.passes.fold_scales import FoldScalesPass
 from splitfold.passes.pipeline import Pipeline
 from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
@@ -34,6 +35,7 @@ def int8() -> Pipeline:
     """
     return Pipeline.of(
         CanonicalizePass(),
+        FoldScalesPass(),
         QuantizeActivationsPass(min_sqnr=_STATIC_SQNR),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
         QuantizeEmbeddingsPass(),
@@ -42,7 +44,7 @@ def int8() -> Pipeline:
 
 def int8_dynamic() -> Pipeline:
     """Return dynamic int8 for linear layers and int8 embedding tables; needs no calibration data."""
-    return Pipeline.of(CanonicalizePass(), QuantizeDynamicPass(), QuantizeEmbeddingsPass())
+    return Pipeline.of(CanonicalizePass(), FoldScalesPass(data_free=True), QuantizeDynamicPass(), QuantizeEmbeddingsPass())
 
 
 def int4() -> Pipeline:

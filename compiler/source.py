@@ -35,35 +35,49 @@ class Source:
         feeds: example inputs.
         path: the file it was read from, or None.
         synthetic: whether `feeds` were made up.
+        calibration: the user's data under the model's input names, or None.
     """
 
     model: ir.Model
     feeds: Feeds
     path: Path | None
     synthetic: bool
+    calibration: Calibration | None = None
 
 
 def load_source(
-    model: object, example_inputs: object, dynamic_shapes: object, calibration: Calibration | None, target: Target
+    model: object, example_inputs: object, dynamic_shapes: object, calibration: object, target: Target
 ) -> Source:
     """Return the model as ONNX IR, with example feeds: the user's, else calibration's first batch, else seeded synthetic ones.
 
     Raises:
         CaptureError: the model is nothing that can be compiled, or its weights hold NaN or infinity.
         ArtifactError: a file cannot be read.
+        CalibrationError: the calibration data is nothing that can be walked, or its first batch does not fit.
         ValueError: example inputs that do not fit.
     """
     if is_torch_model(model):
         captured, feeds = capture_torch(model, example_inputs, dynamic_shapes)
         check_finite(captured)
-        return Source(captured, feeds, None, False)
+        return Source(captured, feeds, None, False, _calibration(captured, calibration))
     read, path = _read(model)
     check_finite(read)
+    data = _calibration(read, calibration)
     if example_inputs is not None:
-        return Source(read, _named(read, example_inputs), path, False)
-    if calibration is not None:
-        return Source(read, next(iter(calibration.checked(read))), path, False)
+        return Source(read, _named(read, example_inputs), path, False, data)
+    if data is not None:
+        return Source(read, next(iter(data.checked(read))), path, False, data)
     return Source(read, runnable_feeds(read, target), path, True)
+
+
+def _calibration(model: ir.Model, calibration: object) -> Calibration | None:
+    """Return the user's data with batches named and cut as `model` wants them; the first one is checked here, early."""
+    if calibration is None:
+        return None
+    names = tuple(value.name or "" for value in model_inputs(model))
+    data = Calibration.of(calibration, inputs=names).fitted(model)
+    next(iter(data.checked(model)))
+    return data
 
 
 def _read(model: object) -> tuple[ir.Model, Path | None]:

@@ -3,13 +3,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from splitfold.compiler.errors import BudgetError, VerificationError
+from splitfold.passes.errors import SpecError
 from splitfold.runtime.compare import Deviation, worst
+from splitfold.runtime.errors import did_you_mean
 
 __all__ = ["Budget", "Tolerance"]
+
+_NAMES = {"cosine": "cosine", "sqnr": "sqnr_db", "max-abs": "max_abs", "top1": "top1"}
+"""Limits by their names in the text form."""
+
+
+def _limit(name: str, value: str) -> float | None:
+    if value == "none":
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise SpecError(f"limit {name}={value} is not a number or none.")
+    return number
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,21 @@ class Tolerance:
     max_abs: float | None = None
     top1: float | None = None
     metric_drop: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Tolerance:
+        """Return the tolerance of a text such as ``cosine=0.99,sqnr=20``; ``cosine=none`` lifts that limit.
+
+        Raises:
+            SpecError: an unknown name, or a value that is no number.
+        """
+        limits: dict[str, float | None] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            name, _, value = (word.strip() for word in item.partition("="))
+            if name not in _NAMES:
+                raise SpecError(f"unknown limit '{name}'.{did_you_mean(name, _NAMES)} Known: {', '.join(_NAMES)}.")
+            limits[_NAMES[name]] = _limit(name, value)
+        return Tolerance(**limits)
 
     def check(self, deviations: Mapping[str, Deviation], blame: str) -> None:
         """Raise `VerificationError` for the worst output that is beyond a limit."""

@@ -17,7 +17,7 @@ from splitfold.runtime.feeds import Array
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
-__all__ = ["activation_stats", "required_calibration"]
+__all__ = ["activation_stats", "channel_extremes", "required_calibration"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,3 +126,26 @@ def _with_histograms(
     histograms = _Histograms(stats)
     _walk(session, calibration, wanted, histograms.add)
     return {name: replace(item, histogram=histograms.counts.get(name)) for name, item in stats.items()}
+
+
+def channel_extremes(
+    model: ir.Model, values: Iterable[str], calibration: Calibration, target: Target
+) -> dict[str, tuple[Array, Array]]:
+    """Return, for each named value, the lowest and highest element of every channel of its last axis (two float32 [channels]).
+
+    Raises:
+        CalibrationError: a batch does not fit, or the data is empty.
+    """
+    names = list(dict.fromkeys(values))
+    session = Session(model, target, optimization=Optimization.ALL, taps=names)
+    seen: dict[str, tuple[Array, Array]] = {}
+
+    def use(name: str, array: Array) -> None:
+        rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+        if rows.size:
+            low, high = rows.min(0), rows.max(0)
+            old = seen.get(name, (low, high))
+            seen[name] = (np.minimum(old[0], low), np.maximum(old[1], high))
+
+    _walk(session, calibration, names, use)
+    return seen

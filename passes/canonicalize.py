@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,10 +16,10 @@ from splitfold.passes.base import Context, Contract, Findings, Pass
 from splitfold.runtime.digest import structure_digest
 from splitfold.passes.fold_batchnorm import fold_batchnorm
 from splitfold.passes.fold_constants import fold_constants
-from splitfold.passes.identity import inherit_missing, name_layers
-from splitfold.passes.opset import raise_opset
+from splitfold.passes.identity import inherit_missing, mark_call, name_layers
+from splitfold.passes.opset import default_opset, raise_opset
 from splitfold.passes.turn_gemm import turn_gemms
-from splitfold.passes.values import constant, int_attribute
+from splitfold.passes.values import constant, forget_names, int_attribute
 
 __all__ = ["CanonicalizePass"]
 
@@ -48,20 +49,54 @@ class CanonicalizePass(Pass):
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
         before = structure_digest(model)
-        common.InlinePass()(model)
+        _inline(model, findings)
         _drop_overridable(model, findings)
-        if reason := raise_opset(model):
-            findings.skip("model", reason)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _lift_constants(model, findings)
         common.NameFixPass()(model)
         name_layers(model)
-        for step, what in _STEPS:
-            if count := step(model):
-                findings.apply("model", f"{what}: {count}")
+        _raise_opset(model, findings)
+        forget_names(model)
         _clean(model)
+        counts: Counter[str] = Counter()
+        while any([_counted(step(model), what, counts) for step, what in _STEPS]):
+            _clean(model)  # what is dead has readers: it would hide a layer's only one
+        for what, count in counts.items():
+            findings.apply("model", f"{what}: {count}")
         if orphans := inherit_missing(model):
             logger.debug("%d nodes have no layer", len(orphans))
         return structure_digest(model) != before
+
+
+def _inline(model: ir.Model, findings: Findings) -> None:
+    calls = [node for node in model.graph.all_nodes() if node.op_identifier() in model.functions]
+    for node in calls:
+        mark_call(node)
+    result = common.InlinePass()(model)
+    if result.modified:
+        findings.apply("model", f"function calls inlined: {len(calls)}")
+
+
+def _raise_opset(model: ir.Model, findings: Findings) -> None:
+    present = default_opset(model)
+    if reason := raise_opset(model):
+        findings.skip("model", reason)
+    elif default_opset(model) != present:
+        findings.apply("model", f"opset raised from {present} to {default_opset(model)}")
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.NameFixPass()(model)
+        inherit_missing(model)  # what the converter added serves a node that was there
+
+
+def _lift_constants(model: ir.Model, findings: Findings) -> None:
+    count = sum(node.op_type == "Constant" and node.domain in ("", "ai.onnx") for node in model.graph.all_nodes())
+    if common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified:
+        findings.apply("model", f"Constant nodes made initializers: {count}")
+
+
+def _counted(count: int, what: str, counts: Counter[str]) -> bool:
+    if count:
+        counts[what] += count
+    return count > 0
 
 
 def _drop_overridable(model: ir.Model, findings: Findings) -> None:
@@ -123,6 +158,7 @@ def _infer_shapes(model: ir.Model) -> int:
 def _clean(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
     common.TopologicalSortPass()(model)
 
 
@@ -130,7 +166,7 @@ _STEPS: tuple[tuple[Callable[[ir.Model], int], str], ...] = (
     (_drop_identities, "identities dropped"),
     (_infer_shapes, "shapes inferred"),  # the norm's fold asks for ranks
     (fold_constants, "constant nodes folded"),
+    (turn_gemms, "Gemms turned to [K, N]"),
     (fold_batchnorm, "batch norms folded"),
-    (turn_gemms, "Gemm weights turned to [K, N]"),
     (_infer_shapes, "shapes inferred"),  # again, with the folded constants
 )

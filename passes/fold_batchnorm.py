@@ -45,7 +45,8 @@ def _foldable(layer: ir.Node, norm: ir.Node) -> bool:
         return False
     if layer.op_type == "Gemm":
         plain = float_attribute(layer, "alpha", 1.0) == 1.0 and float_attribute(layer, "beta", 1.0) == 1.0
-        return plain and len(layer.inputs) > 2 and len(_array(layer.inputs[2]).shape) == 1
+        bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
+        return plain and (bias is None or len(bias.shape) == 1)
     # a MatMul's channels are its last axis, the norm's are axis 1: the same only in rank 2
     rank = layer.outputs[0].shape
     return layer.op_type == "Conv" or (len(weight.shape) == 2 and rank is not None and len(rank) == 2)

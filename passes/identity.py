@@ -15,9 +15,10 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-__all__ = ["LAYERS_KEY", "display_layer", "inherit", "inherit_missing", "layers_of", "name_layers", "stamp"]
+__all__ = ["LAYERS_KEY", "display_layer", "inherit", "inherit_missing", "layers_of", "mark_call", "name_layers", "stamp"]
 
 LAYERS_KEY = "splitfold.layers"
+_CALL_KEY = "splitfold.call"
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _PATH_NAME = re.compile(r"^/(?P<path>.+)/(?P<op>[A-Za-z]+)(?P<suffix>_\d+)?$")
 _WEIGHTED = {"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"}
@@ -48,6 +49,11 @@ def inherit(nodes: Iterable[ir.Node], origins: Iterable[ir.Node]) -> None:
         stamp(node, layers)
 
 
+def mark_call(node: ir.Node) -> None:
+    """Record the name of a function call in its metadata, which the nodes of its body take over when it is inlined."""
+    node.metadata_props[_CALL_KEY] = node.name or node.op_type
+
+
 def name_layers(model: ir.Model) -> bool:
     """Give every node that has none its layer name; return whether any was given.
 
@@ -62,6 +68,9 @@ def name_layers(model: ir.Model) -> bool:
             seen[name] += 1
             name = f"{name}.{seen[name] - 1}"
         stamp(node, [name])
+    for graph in model.graphs():
+        for node in graph:
+            node.metadata_props.pop(_CALL_KEY, None)
     return bool(nodes)
 
 
@@ -75,10 +84,11 @@ def _user_name(node: ir.Node) -> str:
     scope = _torch_scope(node)
     if scope:
         return scope
+    call = node.metadata_props.get(_CALL_KEY)
     name = node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
     match = _PATH_NAME.match(name)
     if match is None:
-        return name
+        return f"{call}.{name}" if call else name
     return match["path"].replace("/", ".") + (match["suffix"] or "" if match["op"] == node.op_type else "")
 
 

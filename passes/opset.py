@@ -45,6 +45,8 @@ def raise_opset(model: ir.Model, opset: int = _WORKING_OPSET) -> str | None:
 
 
 def _convert(model: ir.Model, opset: int, present: int) -> str | None:
+    if present < 9 and any(node.op_type == "Scan" for node in model.graph.all_nodes()):
+        return f"opset {present} could not be raised to {opset}: Scan has a batch axis before opset 9, which no converter handles"
     trial = model.clone()
     try:
         if present >= 18:
@@ -56,6 +58,7 @@ def _convert(model: ir.Model, opset: int, present: int) -> str | None:
         return f"opset {present} could not be raised to {opset}: {lines[0][:200] if lines else type(error).__name__}"
     if default_opset(trial) < opset:
         return f"opset {present} could not be raised to {opset}: the converter left it at {default_opset(trial)}"
+    _carry_identity(model, trial)
     _adopt(model, trial)
     logger.info("opset raised from %d to %d", present, opset)
     return None
@@ -76,6 +79,16 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
         value.const_value = tensor
         converted.graph.register_initializer(value)
     _adopt(model, converted)
+
+
+def _carry_identity(old: ir.Model, new: ir.Model) -> None:
+    """Give converted nodes the names and metadata of those that made the same values: the converter of onnx drops them."""
+    makers = {value.name: node for node in old.graph.all_nodes() for value in node.outputs if value.name}
+    for node in new.graph.all_nodes():
+        maker = next((makers[value.name] for value in node.outputs if value.name in makers), None)
+        if maker is not None:
+            node.name = node.name or maker.name
+            node.metadata_props.update({**maker.metadata_props, **node.metadata_props})
 
 
 def _adopt(model: ir.Model, other: ir.Model) -> None:

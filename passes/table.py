@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from splitfold.passes.base import Pass
 from splitfold.passes.canonicalize import CanonicalizePass
+from splitfold.passes.fold_scales import FoldScalesPass
 from splitfold.passes.legalize import LegalizePass
 from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
@@ -15,6 +16,7 @@ __all__ = ["PASSES"]
 
 PASSES: tuple[type[Pass], ...] = (
     CanonicalizePass,
+    FoldScalesPass,
     QuantizeActivationsPass,
     QuantizeDynamicPass,
     QuantizeWeightsPass,

@@ -25,31 +25,38 @@ from splitfold.runtime.target import Target
 
 __all__ = ["local_sqnr"]
 
+_LEAST_NOISE = 1e-12
+"""Noise to signal below which a row counts as exact (120 dB)."""
 _BATCHES = 4
 """Batches that a trial looks at: the error of a layer needs far fewer samples than its range."""
 
 
 @dataclass
-class _Power:
-    signal: float = 0.0
-    noise: float = 0.0
+class _Decibels:
+    """Mean over rows of 10 log10(signal / noise): a few rows of great energy must not hide the error of all others."""
 
-    def add(self, reference: Array, actual: Array) -> None:
-        x = reference.astype(np.float64)
-        self.signal += float(np.vdot(x, x))
-        difference = actual.astype(np.float64) - x
-        self.noise += float(np.vdot(difference, difference))
+    total: float = 0.0
+    rows: int = 0
 
-    def sqnr_db(self) -> float:
-        if self.noise == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+    def add(self, reference: Array, actual: Array, *, row_axes: int) -> None:
+        x = reference.astype(np.float64).reshape(math.prod(reference.shape[:row_axes]), -1)
+        noise = np.square(actual.astype(np.float64).reshape(x.shape) - x).sum(1)
+        signal = np.square(x).sum(1)
+        alive = signal > 0
+        ratio = signal[alive] / np.maximum(noise[alive], signal[alive] * _LEAST_NOISE)
+        self.total += float(np.log10(ratio).sum()) * 10
+        self.rows += int(alive.sum())
+
+    def mean(self) -> float:
+        return self.total / self.rows if self.rows else math.inf
 
 
 def local_sqnr(
     model: ir.Model, carry: Callable[[Layer], Carried | None], calibration: Calibration, target: Target
 ) -> Mapping[str, float]:
     """Return, by layer name, the SQNR in dB of each layer's low-bit output against its float output.
+
+    It is the mean over rows: tokens (all axes but the last) of a linear layer, samples (the first axis) of a convolution.
 
     Args:
         model: float model; it is not changed.
@@ -60,16 +67,19 @@ def local_sqnr(
     copy = model.clone()
     forget_names(copy)
     pairs: dict[str, tuple[str, str]] = {}
+    linear: set[str] = set()
     for layer in find_layers(copy)[0]:
         if not layer.in_subgraph and (carried := carry(layer)) is not None:
             pairs[layer.name] = (layer.output.name or "", carried.output.name or "")
+            linear |= {layer.name} if layer.is_linear else set()
     if not pairs:
         return {}
     taps = list(dict.fromkeys(itertools.chain.from_iterable(pairs.values())))
     session = Session(copy, target, optimization=Optimization.ALL, taps=taps)
-    powers = {name: _Power() for name in pairs}
+    sums = {name: _Decibels() for name in pairs}
     for feeds in itertools.islice(calibration, _BATCHES):
         results = session.run(feeds, taps)
         for name, (reference, actual) in pairs.items():
-            powers[name].add(results[reference], results[actual])
-    return {name: power.sqnr_db() for name, power in powers.items()}
+            rank = results[reference].ndim
+            sums[name].add(results[reference], results[actual], row_axes=rank - 1 if name in linear else min(1, rank))
+    return {name: item.mean() for name, item in sums.items()}

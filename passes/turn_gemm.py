@@ -43,8 +43,10 @@ def _turned(weight: Array, transposed: bool, alpha: float) -> Array:
 def _fold_beta(node: ir.Node) -> bool:
     beta = float_attribute(node, "beta", 1.0)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:  # there is nothing to scale
+        return node.attributes.pop("beta", None) is not None
     tensor = constant(bias)
-    if beta == 1.0 or bias is None or tensor is None or not tensor.dtype.is_floating_point():
+    if beta == 1.0 or tensor is None or not tensor.dtype.is_floating_point():
         return False
     array = np.asarray(tensor.numpy())
     node.replace_input_with(2, _added(node, bias, (array * beta).astype(array.dtype)))

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from splitfold.passes.identity import inherit
 from splitfold.runtime.feeds import Array
 
-__all__ = ["add_initializer", "constant", "drop_unused", "emit", "float_attribute", "forget_names", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
+__all__ = ["add_initializer", "constant", "drop_initializer", "drop_unused", "emit", "float_attribute", "forget_names", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -27,12 +27,15 @@ def add_initializer(graph: ir.Graph, name: str, tensor: Array | ir.TensorProtoco
     A second initializer of one name would silently replace the first. One of that name with the same content is returned as it is, so that
     layers that share a weight share its quantized form.
     """
+    taken = _taken_names(graph)
     free, count = name, 0
-    while (present := graph.initializers.get(free)) is not None:
-        if _same(present.const_value, tensor):
+    while free in taken or free in graph.initializers:
+        present = graph.initializers.get(free)
+        if present is not None and _same(present.const_value, tensor):
             return present
         count += 1
         free = f"{name}_{count}"
+    taken.add(free)
     held = ir.tensor(np.array(tensor, order="C"), name=free) if isinstance(tensor, np.ndarray | np.generic) else tensor
     value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(held.shape), const_value=held)
     graph.register_initializer(value)
@@ -43,16 +46,30 @@ _TAKEN = "splitfold.taken_names"
 
 
 def forget_names(model: ir.Model) -> None:
-    """Forget which names are taken: call it where values may have come or gone by other means than `emit`."""
-    for graph in model.graphs():
-        graph.meta.pop(_TAKEN, None)
+    """Look afresh at which names are taken: call it where values may have come or gone by other means than `emit`.
+
+    All graphs of a model share one set, as a name in a subgraph must not be one of the graphs around it.
+    """
+    graphs = list(model.graphs())
+    taken = set().union(*map(_own_names, graphs))
+    for graph in graphs:
+        graph.meta[_TAKEN] = taken
+
+
+def _own_names(graph: ir.Graph) -> set[str]:
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    return {value.name for value in values if value.name} | set(graph.initializers)
+
+
+def _taken_names(graph: ir.Graph) -> set[str]:
+    if _TAKEN not in graph.meta:
+        graph.meta[_TAKEN] = _own_names(graph)
+    taken: set[str] = graph.meta[_TAKEN]
+    return taken
 
 
 def _free_name(graph: ir.Graph, name: str) -> str:
-    if _TAKEN not in graph.meta:
-        values = [output for node in graph.all_nodes() for output in node.outputs]
-        graph.meta[_TAKEN] = {value.name for value in (*values, *graph.inputs)} | set(graph.initializers)
-    taken: set[str] = graph.meta[_TAKEN]
+    taken = _taken_names(graph)
     free, count = name, 0
     while free in taken:
         count += 1
@@ -145,10 +162,11 @@ def drop_unused(nodes: Iterable[ir.Node]) -> None:
             continue
         owner.remove(node, safe=True)
         for value in inputs:
-            _drop_initializer(value)
+            drop_initializer(value)
 
 
-def _drop_initializer(value: ir.Value | None) -> None:
+def drop_initializer(value: ir.Value | None) -> None:
+    """Remove an initializer that nobody reads any more; anything else is left alone."""
     if value is None or value.uses() or value.is_graph_output() or value.is_graph_input() or not value.is_initializer():
         return
     owner = value.graph

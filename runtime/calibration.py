@@ -26,6 +26,8 @@ class Calibration:
 
     batches: Callable[[], Iterator[Feeds]]
     """Starts a new walk over the batches."""
+    resized: Callable[[int], Iterator[Feeds]] | None = None
+    """Starts a walk over batches of another size, where the source is a row of samples (one ``.npz``)."""
 
     def __iter__(self) -> Iterator[Feeds]:
         return self.batches()
@@ -90,7 +92,18 @@ class Calibration:
             raise CalibrationError(
                 f"{path}: first axes differ ({ {n: counts[n] for n in counts} }): '{wrong[0]}' should have {samples} samples."
             )
-        return Calibration(lambda: _cut(arrays, samples, batch))
+        return Calibration(lambda: _cut(arrays, samples, batch), lambda size: _cut(arrays, samples, size))
+
+    def fitted(self, model: ir.Model) -> Calibration:
+        """Return the same samples in batches of the size that `model` is fixed to; unchanged where its batch axis is free.
+
+        Samples that do not fill a last batch of a fixed size are left out.
+        """
+        size = _fixed_batch(model)
+        start = self.resized
+        if start is None or size is None:
+            return self
+        return Calibration(lambda: _full(start(size), size), start)
 
     def digest(self) -> str:
         """Return the SHA-256 over names, dtypes, shapes and bytes of all batches, in order."""
@@ -122,6 +135,20 @@ class Calibration:
                 raise CalibrationError("the calibration data is empty: at least one batch is needed.")
 
         return Calibration(walk)
+
+
+def _fixed_batch(model: ir.Model) -> int | None:
+    """Return the size of the first axis that all inputs of `model` with axes agree on, or None."""
+    firsts = {value.shape[0] for value in model_inputs(model) if value.shape is not None and len(value.shape)}
+    size = firsts.pop() if len(firsts) == 1 else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _full(batches: Iterable[Feeds], size: int) -> Iterator[Feeds]:
+    """Yield the batches of `size` samples, and a first one in any case: an error can then say what it holds."""
+    for position, feeds in enumerate(batches):
+        if position == 0 or all(array.ndim == 0 or len(array) == size for array in feeds.values()):
+            yield feeds
 
 
 def _feeds(item: object, inputs: tuple[str, ...]) -> Feeds:

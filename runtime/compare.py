@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from splitfold.runtime.feeds import Array
 
-__all__ = ["Deviation", "Exactness", "deviation", "exactness", "first_non_finite", "worst"]
+__all__ = ["Deviation", "Distance", "Exactness", "deviation", "exactness", "first_non_finite", "worst"]
 
 
 @dataclass(frozen=True)
@@ -52,33 +53,59 @@ def _numeric(array: Array) -> bool:
     return array.dtype.kind in "fiub"
 
 
+@dataclass
+class Distance:
+    """Sums over pairs of arrays, from which the deviation over all of them follows; nothing else is kept."""
+
+    largest: float = 0.0
+    noise: float = 0.0
+    signal: float = 0.0
+    power: float = 0.0
+    dot: float = 0.0
+    hits: int = 0
+    rows: int = 0
+
+    def add(self, reference: Array, actual: Array) -> None:
+        """Take in one pair; an array that is not numeric is passed over.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if not _numeric(reference):
+            return
+        x, y = _aligned(reference, actual)
+        difference = y - x
+        # a NaN must win: max(0.0, nan) would drop it
+        self.largest = float(np.maximum(self.largest, np.abs(difference).max(initial=0.0)))
+        self.noise += float(np.vdot(difference, difference))
+        self.signal += float(np.vdot(x, x))
+        self.power += float(np.vdot(y, y))
+        self.dot += float(np.vdot(x, y))
+        if reference.ndim and reference.shape[-1] > 1 and reference.size:
+            self.hits += int((x.argmax(-1) == y.argmax(-1)).sum())
+            self.rows += reference.size // reference.shape[-1]
+
+    def deviation(self) -> Deviation:
+        """Return the deviation over all pairs so far."""
+        noise, signal, power = self.noise, self.signal, self.power
+        relative = math.sqrt(noise / signal) if signal else (0.0 if noise == 0 else math.inf)
+        cosine = self.dot / math.sqrt(signal * power) if signal and power else float(signal == power)
+        sqnr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
+        return Deviation(self.largest, relative, cosine, sqnr, self.hits / self.rows if self.rows else None)
+
+
 def deviation(reference: Iterable[Array], actual: Iterable[Array]) -> Deviation:
     """Return the deviation over pairs of arrays of equal shape (any float or integer dtype, summed in float64).
 
     Equal infinities at equal places count as equal. An integer or Boolean array is compared by value.
     """
-    largest = noise = signal = dot = power = 0.0
-    hits = rows = 0
+    distance = Distance()
     for r, a in zip(reference, actual, strict=True):
-        if not _numeric(r):
-            continue
-        x, y = _aligned(r, a)
-        difference = y - x
-        largest = max(largest, float(np.abs(difference).max(initial=0.0)))
-        noise += float(np.vdot(difference, difference))
-        signal += float(np.vdot(x, x))
-        power += float(np.vdot(y, y))
-        dot += float(np.vdot(x, y))
-        if r.ndim and r.shape[-1] > 1 and r.size:
-            hits += int((x.argmax(-1) == y.argmax(-1)).sum())
-            rows += r.size // r.shape[-1]
-    relative = math.sqrt(noise / signal) if signal else (0.0 if noise == 0 else math.inf)
-    cosine = dot / math.sqrt(signal * power) if signal and power else float(signal == power)
-    sqnr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
-    return Deviation(largest, relative, cosine, sqnr, hits / rows if rows else None)
+        distance.add(r, a)
+    return distance.deviation()
 
 
-def _aligned(reference: Array, actual: Array) -> tuple[Array, Array]:
+def _aligned(reference: Array, actual: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     if reference.shape != actual.shape:
         raise ValueError(f"shapes differ: {reference.shape} and {actual.shape}")
     x = reference.astype(np.float64)
@@ -98,7 +125,7 @@ def exactness(reference: Array, actual: Array, *, rtol: float) -> Exactness:
     difference = np.abs(y - x)
     if not difference.size:
         return Exactness(0.0, 0.0)
-    if np.isnan(difference).any():
+    if not np.isfinite(difference).all():  # NaN or infinity on one side alone
         return Exactness(math.inf, math.inf)
     scale = rtol * (np.abs(x) + math.sqrt(float(np.mean(np.square(x)))))
     excess = np.divide(difference, scale, out=np.where(difference > 0, math.inf, 0.0), where=scale > 0)

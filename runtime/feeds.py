@@ -79,10 +79,11 @@ class _Sizes(dict[str, int]):
         self._default = default
 
     def of(self, dim: int | ir.SymbolicDim, axis: int) -> int:
-        if isinstance(dim, int):
+        if isinstance(dim, int) and dim >= 0:
             return dim
-        size = self._default if axis else _BATCH
-        return self.setdefault(dim.value, size) if dim.value is not None else size
+        size = self._default if axis else _BATCH  # some exporters write -1 for unknown
+        name = dim.value if isinstance(dim, ir.SymbolicDim) else None
+        return self.setdefault(name, size) if name is not None else size
 
 
 def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes, limit: int) -> Array:

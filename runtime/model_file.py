@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from splitfold.runtime.errors import ArtifactError
 
-__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "file_digest", "new_folder", "read_model", "weight_bytes", "write_model"]
+__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "check_folder", "file_digest", "new_folder", "read_model", "weight_bytes", "write_model"]
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -90,6 +90,14 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise `ArtifactError` where `folder` is a file, or is not empty and `overwrite` is false."""
+    if folder.is_file():
+        raise ArtifactError(f"{folder} is a file, not a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ArtifactError(f"the folder {folder} is not empty: choose another one, or pass overwrite=True (--overwrite).")
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a scratch folder that takes the place of `folder` on success and vanishes on failure.
@@ -97,10 +105,7 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         ArtifactError: `folder` is a file, is not empty and `overwrite` is false, or cannot be written.
     """
-    if folder.is_file():
-        raise ArtifactError(f"{folder} is a file, not a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ArtifactError(f"the folder {folder} is not empty: choose another one, or pass overwrite=True (--overwrite).")
+    check_folder(folder, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

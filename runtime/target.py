@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+
+from splitfold.runtime.errors import UnsupportedError, did_you_mean
 
 __all__ = ["Carrier", "Target"]
 
@@ -58,6 +61,17 @@ class Target:
         """Return ONNX Runtime's CPU provider on x86-64 with VNNI or Arm with dot products."""
         return Target("cpu", "CPUExecutionProvider", 24, frozenset(Carrier))
 
+    @staticmethod
+    def named(name: str) -> Target:
+        """Return the target of this text form.
+
+        Raises:
+            UnsupportedError: there is none.
+        """
+        if name not in _NAMED:
+            raise UnsupportedError(f"unknown target '{name}'.{did_you_mean(name, _NAMED)} Known: {', '.join(_NAMED)}.")
+        return _NAMED[name]()
+
     def supports(self, node: ir.Node) -> bool:
         """Whether operators of the domain of `node` are expected to run; a custom domain is not known to."""
         return node.domain in self.domains
@@ -91,3 +105,5 @@ _CPU_KERNELS = frozenset(
         "QLinearWhere",
     }
 )
+
+_NAMED: Mapping[str, Callable[[], Target]] = {"cpu": Target.cpu}

@@ -95,6 +95,7 @@ def architecture(
 
 
 def _build(name: str, recipe: Recipe, draw: Draw) -> Built:
+    """No parameter asks for gradients: `torch.onnx.export` fails where an attention bias does (T5, Swin)."""
     draws = [draw(seed) for seed in range(1001, 1009)]
     samples = {key: torch.cat([inputs[key] for inputs in draws]) for key in draws[0]}
     with torch.random.fork_rng(devices=[]), torch.no_grad():

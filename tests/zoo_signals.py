@@ -16,7 +16,6 @@ BATCH_AXIS = {0: torch.export.Dim.DYNAMIC}
 IMAGES: DynamicShapes = {"pixel_values": BATCH_AXIS}
 WAVES: DynamicShapes = {"input_values": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
 SAMPLES = 6400
-EAGER: Settings = {"attn_implementation": "eager"}
 
 VIT: Settings = {
     "hidden_size": 64,
@@ -195,11 +194,11 @@ VITS = (
     _vit("vit", "ViT", VIT),
     _vit("vit-classifier", "ViT", VIT, "ForImageClassification"),
     _vit("deit", "DeiT", VIT),
-    _vit("beit", "Beit", VIT, use_relative_position_bias=True, **EAGER),
+    _vit("beit", "Beit", VIT, use_relative_position_bias=True),
     _vit("dinov2", "Dinov2", VIT),
     _vit("dinov3", "DINOv3ViT", VIT, num_register_tokens=4),
     _vit("yolos", "Yolos", VIT, image_size=[32, 32], num_detection_tokens=10),
-    _vit("swin", "Swin", SWIN, **EAGER),
+    _vit("swin", "Swin", SWIN),
     _vit("swinv2", "Swinv2", SWIN),
     _vit("segformer", "Segformer", PYRAMID, "ForSemanticSegmentation", decoder_hidden_size=64),
     _vit("pvt-v2", "PvtV2", PYRAMID),

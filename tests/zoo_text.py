@@ -54,8 +54,6 @@ T5: Settings = {
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
     "use_cache": False,
-    # The exporter cannot follow the strides of the other one's output when both axes are dynamic.
-    "attn_implementation": "eager",
 }
 DEBERTA_V2: Settings = {
     "relative_attention": True,

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``splitfold bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitfold.compiler.cli.compare_command import DataOption
+from splitfold.compiler.cli.data import open_data
+from splitfold.compiler.cli.options import DebugOption, first_feeds
+from splitfold.compiler.cli.output import file_bytes, megabytes, out, table
+from splitfold.compiler.locate import model_file
+from splitfold.runtime.bench import bench
+from splitfold.runtime.model_file import read_model
+
+__all__ = ["bench_command"]
+
+
+def bench_command(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="A [B ...]", help=".onnx files or artifact folders with the same inputs."),
+    ],
+    data: DataOption = None,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", min=1, help="Samples a run, where --data is one .npz and the batch is free."),
+    ] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="Threads of the runtime; 0 is its own choice.")
+    ] = 0,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each model.")] = 50,
+    debug: DebugOption = False,
+) -> None:
+    """Time models side by side: they take turns, and medians and ratios to the first are shown.
+
+    \b
+    Example:
+      splitfold bench model.onnx out-int8 out-int4 --data inputs.npz --threads 2 --runs 100
+    """
+    files = [model_file(model) for model in models]
+    read = [read_model(file) for file in files]
+    feeds, words = open_data(data, read[0], batch=batch)
+    example = first_feeds(feeds)
+    timings = bench(files, example, runs=runs, threads=threads)
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in example.items())
+    out().print(
+        f"{runs} runs each on {words}: {shapes}; {f'{threads} threads' if threads else 'default threads'}",
+        soft_wrap=True,
+    )
+    rows = [
+        (
+            model,
+            f"{t.median_ms:.3f}",
+            f"{t.low_ms:.3f} .. {t.high_ms:.3f}",
+            f"{t.ratio:.2f}x",
+            megabytes(file_bytes(file)),
+        )
+        for model, file, t in zip(models, files, timings, strict=True)
+    ]
+    table(("model", "median ms#", "10 % .. 90 %#", "speed to the first#", "file#"), rows)

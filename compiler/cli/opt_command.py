@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``splitfold opt``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitfold.compiler.cli.options import (
+    CalibrationOption,
+    DebugOption,
+    InputsOption,
+    TargetOption,
+    ToleranceOption,
+    VerboseOption,
+    choose_pipeline,
+    parse_target,
+    parse_tolerance,
+    read_inputs,
+)
+from splitfold.compiler.cli.output import file_bytes, megabytes, say
+from splitfold.compiler.cli.report import print_report
+from splitfold.compiler.driver import compile
+from splitfold.compiler.locate import locate_data, model_file
+from splitfold.compiler.progress import Progress
+
+__all__ = ["opt_command"]
+
+
+def opt_command(
+    model: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="OUT.onnx", help="The file to write (replaced if there)."),
+    ],
+    pipeline: Annotated[
+        str, typer.Option("--pipeline", metavar="TEXT", help="Passes as text.")
+    ] = "canonicalize",
+    calibration: CalibrationOption = None,
+    inputs: InputsOption = None,
+    target: TargetOption = "cpu",
+    tolerance: ToleranceOption = None,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run passes over one .onnx file and write one .onnx file, with the same checks as compile.
+
+    \b
+    Example:
+      splitfold opt model.onnx -o small.onnx --pipeline 'canonicalize,quantize-weights{bits=8,block=64}'
+    """
+    steps = choose_pipeline(None, pipeline, None)
+    place, limits = parse_target(target), parse_tolerance(tolerance)
+    if output.suffix != ".onnx":
+        raise typer.BadParameter(
+            f"{output} does not end in .onnx; compile writes artifact folders.", param_hint="--output"
+        )
+    with Progress() as progress:
+        artifact = compile(
+            model,
+            read_inputs(inputs),
+            pipeline=steps,
+            target=place,
+            calibration=None if calibration is None else progress.watch(locate_data(calibration)),
+            tolerance=limits,
+            observers=[progress],
+        )
+    was = file_bytes(model_file(model))
+    print_report(artifact, steps, verbose=verbose)
+    written = artifact.save_model(output)
+    say("file", f"{megabytes(was)} > {megabytes(file_bytes(written))}")
+    say("written", written)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay: make an artifact again from its manifest, and say whether the same bytes come out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitfold.compiler.driver import compile
+from splitfold.compiler.locate import model_file
+from splitfold.compiler.manifest import FORMAT, installed_version
+from splitfold.compiler.realisation import Unrealised
+from splitfold.compiler.tolerance import Tolerance
+from splitfold.passes.pipeline import Observer
+from splitfold.runtime.artifact import Artifact, read_manifest
+from splitfold.runtime.digest import content_digest
+from splitfold.runtime.errors import ArtifactError
+from splitfold.runtime.model_file import file_digest, read_model
+from splitfold.runtime.target import Target
+
+__all__ = ["Replay", "replay"]
+
+logger = logging.getLogger(__name__)
+
+_CARRIED_OVER = ("metric",)
+"""What the original run knew and a replay cannot measure: the user's metric function is not in the manifest."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The outcome of a replay.
+
+    Attributes:
+        artifact: what was built now.
+        same_model: whether graph and weights are identical.
+        same_files: whether the files are identical byte for byte, or None where the original's cannot be told.
+        warnings: what differs between then and now: package versions, inputs, measured facts.
+    """
+
+    artifact: Artifact
+    same_model: bool
+    same_files: bool | None
+    warnings: tuple[str, ...]
+
+
+def replay(
+    original: str | Path,
+    model: object,
+    example_inputs: object = None,
+    *,
+    calibration: object = None,
+    dynamic_shapes: object = None,
+    observers: Sequence[Observer] = (),
+) -> Replay:
+    """Build the artifact `original` again from its manifest.
+
+    Args:
+        original: an artifact folder, or an ``.onnx`` file that splitfold wrote.
+        model: what it was compiled from.
+        example_inputs: those of the original run, where it was given any.
+        calibration: the original's calibration data.
+        dynamic_shapes: as `compile` takes them, for a torch module.
+        observers: are told of each pass.
+
+    Raises:
+        ArtifactError: no readable manifest, or `model` or `calibration` is not what the manifest names.
+        SplitfoldError: whatever `compile` raises.
+    """
+    place = Path(original)
+    manifest = read_manifest(place)
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{place} has manifest format {manifest.get('format')}; this version replays format {FORMAT}."
+        )
+    _check_calibration_given(place, manifest, calibration)
+    warnings = _version_warnings(manifest)
+    built = compile(
+        model,
+        example_inputs,
+        pipeline=str(manifest["pipeline"]),
+        target=Target.named(str(manifest["target"])),
+        calibration=calibration,
+        dynamic_shapes=dynamic_shapes,
+        tolerance=Tolerance(cosine=None),
+        observers=observers,
+        unrealised=Unrealised.KEEP,  # layers that went back to float stand in the recorded pipeline
+    )
+    _check_digests(place, manifest, built.manifest)
+    carried = {key: manifest[key] for key in _CARRIED_OVER if key in manifest}
+    built = dataclasses.replace(built, manifest={**built.manifest, **carried})
+    same = content_digest(read_model(model_file(place))) == content_digest(built.model)
+    files = _same_files(place, built) if same else False
+    return Replay(built, same, files, (*warnings, *_fact_warnings(manifest, built.manifest)))
+
+
+def _check_calibration_given(place: Path, manifest: Mapping[str, Any], calibration: object) -> None:
+    if manifest.get("calibration") is not None and calibration is None:
+        raise ArtifactError(
+            f"{place} was made with calibration data (digest {manifest['calibration'][:12]}): pass the same data (--calibration)."
+        )
+
+
+def _check_digests(place: Path, manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key, what, option in (
+        ("source", "model", "--model"),
+        ("calibration", "calibration data", "--calibration"),
+    ):
+        if manifest.get(key) != now.get(key):
+            raise ArtifactError(
+                f"this is not the {what} that {place} was made from: its digest is {_short(now.get(key))}, "
+                f"the manifest names {_short(manifest.get(key))}. Pass the original {what} ({option})."
+            )
+
+
+def _short(digest: object) -> str:
+    return "none" if digest is None else str(digest)[:12]
+
+
+def _version_warnings(manifest: Mapping[str, Any]) -> list[str]:
+    recorded = dict(manifest.get("versions", {}))
+    return [
+        f"{package} was {then}, is {installed_version(package)}"
+        for package, then in recorded.items()
+        if then != installed_version(package)
+    ]
+
+
+def _fact_warnings(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = []
+    if manifest.get("feeds") != now.get("feeds"):
+        found.append(
+            "other example inputs than in the original run: deviations are not comparable (pass the original ones, --inputs)"
+        )
+    if manifest.get("realised") != now.get("realised"):
+        found.append("this runtime picks other kernels than the manifest records")
+    return found
+
+
+def _same_files(place: Path, built: Artifact) -> bool | None:
+    """Write the rebuilt artifact beside nothing, and compare it with the original's files byte for byte."""
+    with tempfile.TemporaryDirectory(prefix="splitfold-replay-") as scratch:
+        if place.is_dir():
+            made = built.save(Path(scratch) / "artifact")
+            names = sorted(file.name for file in made.iterdir())
+            return all(
+                (place / name).is_file() and file_digest(place / name) == file_digest(made / name)
+                for name in names
+            )
+        file = built.save_model(Path(scratch) / place.name)
+        return file_digest(file) == file_digest(place)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latency of models side by side: interleaved turns, warmed up, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from splitfold.runtime.feeds import Feeds
+from splitfold.runtime.session import Session
+from splitfold.runtime.target import Target
+
+__all__ = ["Timing", "bench"]
+
+_TURN = 5
+"""Timed runs a turn. A turn begins with an untimed run, which brings this model's threads and caches back."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one model took.
+
+    Attributes:
+        median_ms: median of all timed runs, in milliseconds.
+        low_ms, high_ms: first and ninth decile.
+        runs: number of timed runs.
+        ratio: median of the first model over this one's; above 1 is faster than the first.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+    ratio: float
+
+
+def bench(
+    models: Sequence[ir.Model | str | Path],
+    feeds: Feeds,
+    *,
+    runs: int = 50,
+    warm_up: int = 5,
+    threads: int = 0,
+    target: Target | None = None,
+) -> list[Timing]:
+    """Time `models` on the same feeds and return one `Timing` each, in order.
+
+    The models take turns of a few runs, and the order of the turns rotates: what else the machine does then falls on all of them alike.
+
+    Args:
+        models: models in memory or paths of ``.onnx`` files, with the same inputs.
+        feeds: one set of inputs.
+        runs: timed runs of each model.
+        warm_up: untimed runs of each before the first turn.
+        threads: intra-operator threads; 0 is the runtime's choice.
+        target: where they run.
+
+    Raises:
+        SessionError: a model does not open or does not run on `feeds`.
+        ValueError: `runs` is not positive.
+    """
+    if runs < 1:
+        raise ValueError(f"runs is {runs}; at least one is needed.")
+    sessions = [Session(model, target, threads=threads) for model in models]
+    for session in sessions:
+        for _ in range(warm_up):
+            session.run(feeds)
+    times: list[list[float]] = [[] for _ in sessions]
+    for turn in range(-(-runs // _TURN)):
+        count = min(_TURN, runs - turn * _TURN)
+        for offset in range(len(sessions)):
+            at = (turn + offset) % len(sessions)
+            times[at] += _turn(sessions[at], feeds, count)
+    return _timings(times)
+
+
+def _turn(session: Session, feeds: Feeds, count: int) -> list[float]:
+    session.run(feeds)
+    found = []
+    for _ in range(count):
+        start = time.perf_counter()
+        session.run(feeds)
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def _timings(times: Sequence[Sequence[float]]) -> list[Timing]:
+    medians = [statistics.median(found) for found in times]
+    result = []
+    for found, median in zip(times, medians, strict=True):
+        ordered = sorted(found)
+        edge = len(ordered) // 10
+        result.append(Timing(median, ordered[edge], ordered[-1 - edge], len(ordered), medians[0] / median))
+    return result
