@@ -9,6 +9,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -93,13 +94,21 @@ def _explain(module: torch.nn.Module, error: Exception) -> str:
 
     names = {id(part): name or type(module).__name__ for name, part in module.named_modules()}
     where, line = type(module).__name__, ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
+    for frame, number in _frames(error):
         owner = frame.f_locals.get("self")
         if isinstance(owner, torch.nn.Module) and id(owner) in names and frame.f_code.co_name == "forward":
             where, line = names[id(owner)], f" (line {number} of {frame.f_code.co_filename.rsplit('/', 1)[-1]})"
     text = str(error).strip()
     reason = next((row.strip() for row in text.splitlines() if row.strip()), type(error).__name__)
     return f"torch.export cannot trace module '{where}'{line}: {type(error).__name__}: {reason[:400]}"
+
+
+def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """Yield the frames of an exception and of those that it was raised from, outermost first."""
+    chain: BaseException | None = error
+    while chain is not None:
+        yield from traceback.walk_tb(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
@@ -148,13 +157,13 @@ def _feeds(model: ir.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's progress prints, warnings and notes on missing optional packages; restore afterwards."""
-    chatty = logging.getLogger("torch.onnx")
-    level = chatty.level
-    chatty.setLevel(logging.ERROR)
+    """Silence the exporter's prints, warnings and log records (its failures come as exceptions too); restore afterwards."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sink = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:
-        chatty.setLevel(level)
+        logging.disable(disabled)

@@ -116,15 +116,19 @@ class _Build:
     unrealised: Unrealised
 
     def __post_init__(self) -> None:
-        verifier = Verifier(self.source.model, self.source.feeds, self.target)
-        self.reference = verifier.reference
+        self.reference: Mapping[str, Any] = {}
+        if self.source.unrunnable:
+            logger.warning("the result is not verified: %s", self.source.unrunnable)
+        else:
+            self.reference = Verifier(self.source.model, self.source.feeds, self.target).reference
 
     def run(self, steps: Pipeline) -> tuple[ir.Model, list[PassRecord], list[Realisation], Pipeline]:
         for _ in range(_REPAIRS):
             model = self.source.model.clone()
-            verifier = Verifier.resumed(self.reference, self.source.feeds, self.target)
-            records = steps.run(model, Context(self.target, self.calibration), (verifier, *self.observers))
+            records = steps.run(model, Context(self.target, self.calibration), (*self._verifier(), *self.observers))
             _check_valid(model, steps)
+            if self.source.unrunnable:
+                return model, records, [], steps
             realised = read_realisation(model, records, self.target)
             missing = {item.layer: item.kernel for item in realised if not item.realised}
             if not missing or self.unrealised is Unrealised.KEEP:
@@ -137,6 +141,11 @@ class _Build:
             logger.info("%d layers were not realised and go back to float: %s", len(missing), ", ".join(missing))
             steps = _excluding(steps, records, missing)
         raise PassFailedError(f"layers remain unrealised after {_REPAIRS} rounds: {', '.join(missing)}", failed=str(steps))
+
+    def _verifier(self) -> tuple[Verifier, ...]:
+        if self.source.unrunnable:
+            return ()
+        return (Verifier.resumed(self.reference, self.source.feeds, self.target),)
 
 
 def _excluding(steps: Pipeline, records: Sequence[PassRecord], missing: Mapping[str, str]) -> Pipeline:
@@ -164,6 +173,8 @@ def _verify(
     result: ir.Model, reference: Mapping[str, Any], source: Source, target: Target, limits: Tolerance, records: Sequence[PassRecord]
 ) -> dict[str, Deviation]:
     """Compare the result, as deployed, with the reference, and hold it to the tolerance."""
+    if source.unrunnable:
+        return {}
     try:
         outputs = Session(result, target).run(source.feeds)
     except SessionError as error:
@@ -192,6 +203,7 @@ def _facts(source: Source, target: Target, calibration: Calibration | None) -> d
         "feeds": feeds_digest(source.feeds),
         "feeds_synthetic": source.synthetic,
         "metric": None,
+        "unverified": source.unrunnable or None,
     }
 
 

@@ -17,9 +17,9 @@ __all__ = ["LayerFacts", "constant_bytes", "inspect_layers", "operator_counts"]
 _CARRIES_ON = {"Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze"}
 """Operators between a stored weight and the one that computes with it."""
 _LAYERS = {
-    "Attention", "Conv", "ConvInteger", "ConvTranspose", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "GRU", "Gather",
-    "GatherBlockQuantized", "Gemm", "LSTM", "MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm",
-    "QLinearConv", "QLinearMatMul", "RNN",
+    "Attention", "Conv", "ConvInteger", "ConvTranspose", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul",
+    "GRU", "Gather", "GatherBlockQuantized", "Gemm", "LSTM", "MatMul", "MatMulInteger",
+    "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "RNN",
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class LayerFacts:
         kind: operator type.
         shape: of its weight; [K, N] of a MatMulNBits.
         precision: what the weight is held in, and the activations where they are quantized.
-        size: bytes of all constants that it reads, scales included; a constant of several layers counts at the first.
+        size: bytes of the constants that it reads, scales included; a shared one counts at the first reader.
     """
 
     layer: str
@@ -43,7 +43,7 @@ class LayerFacts:
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:
-    """Return how often each operator stands in the model, bodies of If, Loop and Scan included, most frequent first."""
+    """Return how often each operator stands in the model, subgraphs included, most frequent first."""
     counts = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         for graph in model.graphs()
@@ -62,15 +62,11 @@ def constant_bytes(model: ir.Model) -> int:
 
 
 def inspect_layers(model: ir.Model) -> list[LayerFacts]:
-    """Return the operators with weights, in order of the graph; where `model` has no layer names, it is given them."""
+    """Return the operators with weights, in order; `model` is given layer names where it has none."""
     name_layers(model)
     counted: set[str] = set()
-    found = []
-    for graph in model.graphs():
-        for node in graph:
-            if node.op_type in _LAYERS and (facts := _facts(node, counted)):
-                found.append(facts)
-    return found
+    nodes = [node for graph in model.graphs() for node in graph if node.op_type in _LAYERS]
+    return [facts for node in nodes if (facts := _facts(node, counted)) is not None]
 
 
 def _facts(node: ir.Node, counted: set[str]) -> LayerFacts | None:

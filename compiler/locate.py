@@ -33,8 +33,8 @@ def locate_model(text: str) -> Located:
     """Return the model that `text` names; a function is called, with the current folder on ``sys.path``.
 
     Raises:
-        CaptureError: the module or function does not exist, raises, or returns something else than ``(module, example_inputs)``
-            or ``(module, example_inputs, dynamic_shapes)``.
+        CaptureError: the module or function does not exist, raises, or returns something else than
+            ``(module, example_inputs)`` or ``(module, example_inputs, dynamic_shapes)``.
     """
     if not _names_attribute(text):
         return Located(Path(text))
@@ -56,7 +56,7 @@ def locate_model(text: str) -> Located:
 
 
 def locate_data(text: str) -> object:
-    """Return calibration data as `compile` takes it: a path, or the object (generator function, list) that ``module:name`` names.
+    """Return calibration data as `compile` takes it: a path, or what ``module:name`` names.
 
     Raises:
         CaptureError: the module or name does not exist.
@@ -76,7 +76,7 @@ def _names_attribute(text: str) -> bool:
 
 
 def locate_attribute(text: str) -> object:
-    """Return the object that ``package.module:name`` names, importing the module with the current folder on ``sys.path``.
+    """Return the object that ``package.module:name`` names; the current folder is on ``sys.path``.
 
     Raises:
         CaptureError: the module cannot be imported, or has no such name.

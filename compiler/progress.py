@@ -31,7 +31,7 @@ class Progress:
             compile(model, calibration=progress.watch("calibration.npz"), observers=[progress])
 
     Args:
-        console: where to draw; default the terminal of standard error. Nothing is drawn where it is no terminal.
+        console: where to draw; default standard error. Nothing is drawn where it is no terminal.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -64,7 +64,7 @@ class Progress:
         self._bars.stop()
 
     def watch(self, source: object) -> object:
-        """Return `source`, calibration data of any form that `compile` takes, such that its walks are drawn."""
+        """Return `source`, calibration data in any form that `compile` takes, so that its walks are drawn."""
         if isinstance(source, Calibration | str | Path):
             return self._drawn(Calibration.of(source))
         if isinstance(source, Mapping | Iterator) or not (callable(source) or isinstance(source, Iterable)):

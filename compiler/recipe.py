@@ -23,10 +23,11 @@ _KEYS = ("preset", "pass")
 
 
 def read_recipe(path: str | Path) -> Pipeline:
-    """Return the pipeline of a recipe: ``preset = "int8"``, or one table ``[[pass]]`` a pass with its `name` and options.
+    """Return the pipeline of a recipe: ``preset = "int8"``, or tables ``[[pass]]`` with `name` and options.
 
     Raises:
-        SpecError: no such file, not TOML, an unknown key, pass, option or preset, or a value of the wrong type; it names file and key.
+        SpecError: no such file, not TOML, an unknown key, pass, option or preset, or a value of a wrong
+            type; it names file and key.
     """
     file = Path(path)
     table = _load(file)
@@ -37,7 +38,8 @@ def read_recipe(path: str | Path) -> Pipeline:
             )
     if len(table) != 1:
         raise SpecError(
-            f'{file}: give either preset = "..." or [[pass]] tables, {"not both" if table else "it holds neither"}.'
+            f'{file}: give either preset = "..." or [[pass]] tables; '
+            f"it holds {'both' if table else 'neither'}."
         )
     if "preset" in table:
         return _preset(file, table["preset"])
@@ -90,7 +92,7 @@ def _step(file: Path, position: int, options: Mapping[str, object]) -> Pass:
 
 
 def _is_number(kind: object, value: str) -> bool:
-    """Whether an option of type `kind` takes a number or truth value, which TOML can write as such, and `value` is not its ``none``."""
+    """Whether an option of type `kind` takes a number or truth value, and `value` is not its ``none``."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return value != "none" and any(_is_number(part, value) for part in typing.get_args(kind))
     return kind in (int, float, bool)

@@ -28,7 +28,7 @@ __all__ = ["Replay", "replay"]
 logger = logging.getLogger(__name__)
 
 _CARRIED_OVER = ("metric",)
-"""What the original run knew and a replay cannot measure: the user's metric function is not in the manifest."""
+"""What a replay cannot measure: the user's metric function is not in the manifest."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Replay:
     Attributes:
         artifact: what was built now.
         same_model: whether graph and weights are identical.
-        same_files: whether the files are identical byte for byte, or None where the original's cannot be told.
+        same_files: whether the files are identical byte for byte.
         warnings: what differs between then and now: package versions, inputs, measured facts.
     """
 
     artifact: Artifact
     same_model: bool
-    same_files: bool | None
+    same_files: bool
     warnings: tuple[str, ...]
 
 
@@ -101,7 +101,8 @@ def replay(
 def _check_calibration_given(place: Path, manifest: Mapping[str, Any], calibration: object) -> None:
     if manifest.get("calibration") is not None and calibration is None:
         raise ArtifactError(
-            f"{place} was made with calibration data (digest {manifest['calibration'][:12]}): pass the same data (--calibration)."
+            f"{place} was made with calibration data (digest {_short(manifest['calibration'])}): "
+            "pass the same data (--calibration)."
         )
 
 
@@ -134,15 +135,15 @@ def _fact_warnings(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     found = []
     if manifest.get("feeds") != now.get("feeds"):
         found.append(
-            "other example inputs than in the original run: deviations are not comparable (pass the original ones, --inputs)"
+            "other example inputs than in the original run (pass those, --inputs): deviations differ"
         )
     if manifest.get("realised") != now.get("realised"):
         found.append("this runtime picks other kernels than the manifest records")
     return found
 
 
-def _same_files(place: Path, built: Artifact) -> bool | None:
-    """Write the rebuilt artifact beside nothing, and compare it with the original's files byte for byte."""
+def _same_files(place: Path, built: Artifact) -> bool:
+    """Write the rebuilt artifact to a scratch folder and compare its files with the original's."""
     with tempfile.TemporaryDirectory(prefix="splitfold-replay-") as scratch:
         if place.is_dir():
             made = built.save(Path(scratch) / "artifact")

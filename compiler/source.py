@@ -36,6 +36,7 @@ class Source:
         path: the file it was read from, or None.
         synthetic: whether `feeds` were made up.
         calibration: the user's data under the model's input names, or None.
+        unrunnable: why the model cannot be run here and so not be verified (custom operators); empty where it can.
     """
 
     model: ir.Model
@@ -43,6 +44,7 @@ class Source:
     path: Path | None
     synthetic: bool
     calibration: Calibration | None = None
+    unrunnable: str = ""
 
 
 def load_source(
@@ -62,12 +64,31 @@ def load_source(
         return Source(captured, feeds, None, False, _calibration(captured, calibration))
     read, path = _read(model)
     check_finite(read)
-    data = _calibration(read, calibration)
+    data, reason = _calibration(read, calibration), unrunnable_reason(read, target)
     if example_inputs is not None:
-        return Source(read, _named(read, example_inputs), path, False, data)
+        return Source(read, _named(read, example_inputs), path, False, data, reason)
     if data is not None:
-        return Source(read, next(iter(data.checked(read))), path, False, data)
-    return Source(read, runnable_feeds(read, target), path, True)
+        return Source(read, next(iter(data.checked(read))), path, False, data, reason)
+    return Source(read, {} if reason else runnable_feeds(read, target), path, True, None, reason)
+
+
+def unrunnable_reason(model: ir.Model, target: Target) -> str:
+    """Return which custom operators keep the runtime from opening `model`; empty where it opens, or has none."""
+    custom = sorted(
+        {
+            f"{node.domain}::{node.op_type}"
+            for graph in model.graphs()
+            for node in graph
+            if not target.supports(node) and node.op_identifier() not in model.functions
+        }
+    )
+    if not custom:
+        return ""
+    try:
+        Session(model, target, optimization=Optimization.OFF)
+    except SessionError:
+        return f"the runtime has no kernel for the custom operators {', '.join(custom)}"
+    return ""
 
 
 def _calibration(model: ir.Model, calibration: object) -> Calibration | None:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from splitfold.passes.errors import PassFailedError, SpecError
-from splitfold.passes.values import forget_names
+from splitfold.passes.values import forget_names, import_domains
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import did_you_mean
 from splitfold.runtime.target import Target
@@ -122,6 +122,7 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
         findings = Findings()
         forget_names(model)
         modified = self.rewrite(model, context, findings)
+        import_domains(model)
         self._check_required(findings)
         return Outcome(model, modified, findings)
 

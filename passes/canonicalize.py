@@ -18,12 +18,16 @@ from splitfold.passes.fold_batchnorm import fold_batchnorm
 from splitfold.passes.fold_constants import fold_constants
 from splitfold.passes.identity import inherit_missing, mark_call, name_layers
 from splitfold.passes.opset import default_opset, raise_opset
+from splitfold.passes.shapes import infer_shapes
 from splitfold.passes.turn_gemm import turn_gemms
-from splitfold.passes.values import constant, forget_names, int_attribute
+from splitfold.passes.values import constant, forget_names, import_domains, int_attribute
 
 __all__ = ["CanonicalizePass"]
 
 logger = logging.getLogger(__name__)
+
+_OLDEST_IR = 4
+"""From here on an initializer need not be a graph input too."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class CanonicalizePass(Pass):
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
-        before = structure_digest(model)
+        before = (model.ir_version, structure_digest(model))
+        common.TopologicalSortPass()(model)
+        import_domains(model)
+        model.ir_version = max(model.ir_version, _OLDEST_IR)
         _inline(model, findings)
         _drop_overridable(model, findings)
         _lift_constants(model, findings)
@@ -64,7 +71,7 @@ class CanonicalizePass(Pass):
             findings.apply("model", f"{what}: {count}")
         if orphans := inherit_missing(model):
             logger.debug("%d nodes have no layer", len(orphans))
-        return structure_digest(model) != before
+        return (model.ir_version, structure_digest(model)) != before
 
 
 def _inline(model: ir.Model, findings: Findings) -> None:
@@ -150,8 +157,7 @@ def _drop_identity(node: ir.Node) -> bool:
 
 
 def _infer_shapes(model: ir.Model) -> int:
-    """Infer shapes; types that contradict the operators are left to the checker."""
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    infer_shapes(model)
     return 0
 
 
@@ -159,7 +165,6 @@ def _clean(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
-    common.TopologicalSortPass()(model)
 
 
 _STEPS: tuple[tuple[Callable[[ir.Model], int], str], ...] = (

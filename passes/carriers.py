@@ -36,9 +36,11 @@ class QuantizedInput:
 
 
 def _graph(layer: Layer) -> ir.Graph:
-    if layer.node.graph is None:
+    """Return the graph that holds the layer's weight: its low-bit form stands there too, so that layers in subgraphs share it."""
+    graph = layer.weight.graph or layer.node.graph
+    if graph is None:
         raise ValueError(f"{layer.name} is in no graph")
-    return layer.node.graph
+    return graph
 
 
 def fake_quantize(value: ir.Value, grid: ActivationGrid, at: ir.Node, *, after: bool = False) -> QuantizedInput:
@@ -61,7 +63,7 @@ def fake_quantize(value: ir.Value, grid: ActivationGrid, at: ir.Node, *, after: 
 def carry_static(layer: Layer, data: QuantizedInput, *, levels: int) -> Carried:
     """Emit the layer with int8 weights per channel behind DequantizeLinear, reading the quantized input `data`.
 
-    A Conv's (or Gemm's) bias becomes int32 with scale = input scale x weight scale; a channel whose bias would not fit in int32 gets a coarser scale.
+    A Conv's or Gemm's bias becomes int32 with scale = input scale x weight scale; a channel whose bias would not fit in int32 gets a coarser scale.
     """
     codes, scales = quantize_weight(layer.weight_array(), layer.channel_axis, levels=levels)
     if layer.bias is not None and layer.bias.const_value is not None:

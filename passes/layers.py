@@ -117,6 +117,8 @@ def _embedding_reason(node: ir.Node) -> str | None:
     table = constant(node.inputs[0])
     if table is None or len(table.shape) != 2 or not table.dtype.is_floating_point() or int_attribute(node, "axis", 0) != 0:
         return ""
+    if table.shape[1] == 1:  # a column of scales, say
+        return ""
     return None if constant(node.inputs[1]) is None else ""
 
 

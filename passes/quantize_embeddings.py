@@ -87,7 +87,7 @@ class QuantizeEmbeddingsPass(LayerPass):
 
 
 def _rows(layer: Layer) -> tuple[ir.Value, str]:
-    graph = layer.node.graph
+    graph = layer.weight.graph or layer.node.graph
     if graph is None:
         raise ValueError(f"{layer.name} is in no graph")
     codes, scales = quantize_rows(layer.weight_array())
@@ -101,7 +101,7 @@ def _rows(layer: Layer) -> tuple[ir.Value, str]:
 
 
 def _blocks(layer: Layer, block: int) -> tuple[ir.Value, str]:
-    graph = layer.node.graph
+    graph = layer.weight.graph or layer.node.graph
     if graph is None:
         raise ValueError(f"{layer.name} is in no graph")
     q = quantize_blocks(layer.weight_array(), bits=4, block=block, symmetric=False)

@@ -21,14 +21,14 @@ def turn_gemms(model: ir.Model) -> int:
 def _turn(node: ir.Node, turned: dict[tuple[ir.Value, bool, float], ir.Value]) -> bool:
     weight = node.inputs[1]
     tensor = constant(weight)
-    if weight is None or tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE) or weight.graph is not node.graph:
+    if weight is None or tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         return False
     transposed, alpha = bool(int_attribute(node, "transB", 0)), float_attribute(node, "alpha", 1.0)
     changed = transposed or alpha != 1.0
     if changed:
         key = (weight, transposed, alpha)
         if key not in turned:
-            turned[key] = _added(node, weight, _turned(np.asarray(tensor.numpy()), transposed, alpha))
+            turned[key] = _added(weight, _turned(np.asarray(tensor.numpy()), transposed, alpha))
         node.replace_input_with(1, turned[key])
         node.attributes.pop("transB", None)
         node.attributes.pop("alpha", None)
@@ -49,12 +49,13 @@ def _fold_beta(node: ir.Node) -> bool:
     if beta == 1.0 or tensor is None or not tensor.dtype.is_floating_point():
         return False
     array = np.asarray(tensor.numpy())
-    node.replace_input_with(2, _added(node, bias, (array * beta).astype(array.dtype)))
+    node.replace_input_with(2, _added(bias, (array * beta).astype(array.dtype)))
     node.attributes.pop("beta", None)
     return True
 
 
-def _added(node: ir.Node, like: ir.Value, array: Array) -> ir.Value:
-    if node.graph is None:
-        raise ValueError(f"{node.name} is in no graph")
-    return add_initializer(node.graph, f"{like.name}_turned", array)
+def _added(like: ir.Value, array: Array) -> ir.Value:
+    """Add `array` to the graph that holds `like`, which may be one around the Gemm's."""
+    if like.graph is None:
+        raise ValueError(f"{like.name} is in no graph")
+    return add_initializer(like.graph, f"{like.name}_turned", array)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from splitfold.passes.identity import inherit
 from splitfold.runtime.feeds import Array
 
-__all__ = ["add_initializer", "constant", "drop_initializer", "drop_unused", "emit", "float_attribute", "forget_names", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
+__all__ = ["add_initializer", "constant", "drop_initializer", "drop_unused", "emit", "float_attribute", "forget_names", "import_domains", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -54,6 +54,13 @@ def forget_names(model: ir.Model) -> None:
     taken = set().union(*map(_own_names, graphs))
     for graph in graphs:
         graph.meta[_TAKEN] = taken
+
+
+def import_domains(model: ir.Model) -> None:
+    """Import, as version 1, domains that nodes of any graph use and the model does not: onnx demands it, the runtime does not."""
+    known = {*model.opset_imports, "", "ai.onnx"}
+    for domain in sorted({node.domain for node in model.graph.all_nodes()} - known):
+        model.graph.opset_imports[domain] = 1
 
 
 def _own_names(graph: ir.Graph) -> set[str]:
@@ -125,8 +132,6 @@ def emit(
         node.outputs[0].type = ir.TensorType(dtype)
     graph.insert_before(before, node)
     inherit([node], [before, *origins])
-    if domain and graph.opset_imports.get(domain) is None:
-        graph.opset_imports[domain] = 1
     return node.outputs[0]
 
 

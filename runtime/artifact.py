@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from splitfold.runtime.errors import ArtifactError
-from splitfold.runtime.model_file import MODEL_FILE, file_digest, new_folder, read_model, write_model
+from splitfold.runtime.model_file import MODEL_FILE, file_digest, new_folder, read_model, scratch_folder, write_model
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
@@ -60,14 +60,16 @@ class Artifact:
         return place
 
     def save_model(self, path: str | Path) -> Path:
-        """Write the model alone as one ``.onnx`` file (replacing it), and return its path."""
+        """Write the model alone as one ``.onnx`` file (replacing it), weights beside it above 1.5 GB, and return its path.
+
+        Raises:
+            ArtifactError: it cannot be written; what was there before remains.
+        """
         file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(file.parent / f".{file.name}.parts", overwrite=True) as scratch:
+        with scratch_folder(file) as scratch:
             written = write_model(self._stamped(), scratch, file.name)
-        for part in written:
-            (file.parent / f".{file.name}.parts" / part.name).replace(file.parent / part.name)
-        (file.parent / f".{file.name}.parts").rmdir()
+            for part in reversed(written):  # the weights first: the model is what readers look for
+                part.replace(file.parent / part.name)
         return file
 
     def _stamped(self) -> ir.Model:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +176,7 @@ def _load(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, AttributeError, EOFError) as error:
+    except (ValueError, OSError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CalibrationError(f"{path} is not an .npz of arrays: {error}") from error
 
 

@@ -59,16 +59,15 @@ def _fits(shape: ir.Shape, actual: Sequence[int]) -> bool:
 def synthetic_feeds(model: ir.Model, *, seed: int = 0, size: int = 8) -> dict[str, Array]:
     """Return seeded feeds of the right shapes and dtypes and of plausible ranges.
 
-    Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere). Floats are standard normal, integers are small token ids
-    that every table of the model can hold, masks (`*mask*`) are ones, booleans are true.
+    Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere). Floats are standard normal, integers are indices that
+    the tables they select from can hold (else 0 or 1), masks (`*mask*`) are ones, booleans are true.
 
     Raises:
         UnsupportedError: an input is not a tensor, or its rank is unknown.
     """
     rng = np.random.default_rng(seed)
     sizes = _Sizes(size)
-    limit = _smallest_table(model)
-    return {value.name or "": _synthetic(value, rng, sizes, limit) for value in model_inputs(model)}
+    return {value.name or "": _synthetic(value, rng, sizes) for value in model_inputs(model)}
 
 
 class _Sizes(dict[str, int]):
@@ -86,7 +85,7 @@ class _Sizes(dict[str, int]):
         return self.setdefault(name, size) if name is not None else size
 
 
-def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes, limit: int) -> Array:
+def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes) -> Array:
     if value.shape is None or value.dtype is None or not isinstance(value.type, ir.TensorType):
         raise UnsupportedError(
             f"no synthetic feed can be made for input '{value.name}' ({value.type}, shape unknown): pass example inputs."
@@ -98,16 +97,29 @@ def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes, limit: 
     if value.dtype == ir.DataType.BOOL or "mask" in (value.name or "").lower():
         return np.ones(shape, dtype)
     if value.dtype.is_integer():
-        return rng.integers(0, limit, shape).astype(dtype)
+        return rng.integers(0, _index_limit(value), shape).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)
 
 
-def _smallest_table(model: ir.Model) -> int:
-    """Return the row count of the smallest table that a Gather reads with computed indices (at least 2, at most 100)."""
-    rows = [
-        table.shape[0]
-        for node in model.graph.all_nodes()
-        if node.op_type == "Gather" and (table := node.inputs[0]) is not None and table.is_initializer()
-        if table.shape is not None and len(table.shape) == 2 and isinstance(table.shape[0], int)
-    ]
-    return max(2, min([100, *rows]))
+_KEEPS_VALUES = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def _index_limit(value: ir.Value) -> int:
+    """Return the row count of the smallest table that `value` indexes, through moves and casts; 2 where it indexes none."""
+    rows: list[int] = []
+    pending, seen = [value], {value}
+    while pending:
+        for use in pending.pop().uses():
+            node = use.node
+            if node.op_type == "Gather" and use.idx == 1:
+                rows.extend(_rows(node.inputs[0]))
+            elif node.op_type in _KEEPS_VALUES and use.idx == 0:
+                new = [output for output in node.outputs if output not in seen]
+                seen.update(new)
+                pending.extend(new)
+    return max(2, min(rows, default=2))
+
+
+def _rows(table: ir.Value | None) -> list[int]:
+    shape = table.shape if table is not None and table.is_initializer() else None
+    return [shape[0]] if shape is not None and len(shape) == 2 and isinstance(shape[0], int) else []

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from splitfold.runtime.errors import ArtifactError
 
-__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "check_folder", "file_digest", "new_folder", "read_model", "weight_bytes", "write_model"]
+__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "check_folder", "file_digest", "new_folder", "read_model", "scratch_folder", "weight_bytes", "write_model"]
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -29,14 +29,21 @@ def read_model(path: Path) -> ir.Model:
     Raises:
         ArtifactError: no such file, not an ONNX model, truncated, or external data missing or too short.
     """
-    if not path.is_file():
-        raise ArtifactError(f"no such file: {path}")
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"no such file: {path}")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {_reason(error)}.") from error
     try:
         model = ir.load(path)
     except Exception as error:
         raise ArtifactError(f"{path} is not an ONNX model, or it is truncated ({type(error).__name__}: {error}).") from error
     if not len(model.graph) and not model.graph.outputs:
         raise ArtifactError(f"{path} holds no graph: it is not an ONNX model, or it is truncated.")
+    if not model.opset_imports and model.ir_version >= 3:
+        raise ArtifactError(f"{path} names no opset: it is not an ONNX model, or it is truncated.")
     _check_external(model, path)
     return model
 
@@ -91,11 +98,17 @@ def _reason(error: OSError) -> str:
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise `ArtifactError` where `folder` is a file, or is not empty and `overwrite` is false."""
-    if folder.is_file():
+    """Raise `ArtifactError` where `folder` is a file, is not empty and `overwrite` is false, or may not be looked at."""
+    try:
+        is_file, is_full = folder.is_file(), folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {folder}: {_reason(error)}.") from error
+    if is_file:
         raise ArtifactError(f"{folder} is a file, not a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ArtifactError(f"the folder {folder} is not empty: choose another one, or pass overwrite=True (--overwrite).")
+    if is_full and not overwrite:
+        raise ArtifactError(
+            f"the folder {folder} is not empty: choose another one, or pass overwrite=True (--overwrite)."
+        )
 
 
 @contextlib.contextmanager
@@ -106,16 +119,27 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         ArtifactError: `folder` is a file, is not empty and `overwrite` is false, or cannot be written.
     """
     check_folder(folder, overwrite=overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise ArtifactError(f"cannot write to {folder.parent}: {_reason(error)}.") from error
-    try:
+    with scratch_folder(folder) as scratch:
         yield scratch
         _replace(folder, scratch)
+
+
+@contextlib.contextmanager
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `place`, on the same disk, that vanishes afterwards.
+
+    Raises:
+        ArtifactError: it cannot be made, or an `OSError` came out of the block.
+    """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     except OSError as error:
-        raise ArtifactError(f"cannot write {folder}: {_reason(error)}.") from error
+        raise ArtifactError(f"cannot write to {place.parent}: {_reason(error)}.") from error
+    try:
+        yield scratch
+    except OSError as error:
+        raise ArtifactError(f"cannot write {place}: {_reason(error)}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

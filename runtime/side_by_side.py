@@ -16,12 +16,12 @@ __all__ = ["compare_sessions"]
 def compare_sessions(
     reference: Session, actual: Session, batches: Iterable[Feeds]
 ) -> tuple[dict[str, Deviation], int]:
-    """Return the deviation of each output over all `batches`, by the reference's output name, and the number of batches.
+    """Return each output's deviation over all `batches`, by the reference's name, and the number of batches.
 
     Outputs are matched by name, or by position where the names differ.
 
     Raises:
-        SessionError: the number of outputs or an output's shape differs, or one of the two does not run on a batch.
+        SessionError: number or shapes of outputs differ, or one of the two does not run on a batch.
     """
     pairs = _pairs(reference, actual)
     distances = {name: Distance() for name in pairs}

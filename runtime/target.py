@@ -69,7 +69,8 @@ class Target:
             UnsupportedError: there is none.
         """
         if name not in _NAMED:
-            raise UnsupportedError(f"unknown target '{name}'.{did_you_mean(name, _NAMED)} Known: {', '.join(_NAMED)}.")
+            near = did_you_mean(name, _NAMED)
+            raise UnsupportedError(f"unknown target '{name}'.{near} Known: {', '.join(_NAMED)}.")
         return _NAMED[name]()
 
     def supports(self, node: ir.Node) -> bool:
@@ -81,7 +82,7 @@ class Target:
         return carrier in self.carriers
 
 
-_CPU_KERNELS = frozenset(
+_CPU_KERNELS: frozenset[str] = frozenset(
     {
         "ConvInteger",
         "DynamicQuantizeLSTM",

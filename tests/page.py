@@ -28,6 +28,7 @@ from seeded import feeds_for, parse_graph
 from splitfold.passes.base import Context, Contract, Pass
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.identity import name_layers
+from splitfold.passes.shapes import infer_shapes
 from splitfold.passes.pipeline import PassRecord, Pipeline
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import deviation, exactness
@@ -95,7 +96,7 @@ def start(case: Case) -> ir.Model:
     onnx.checker.check_model(proto)
     model = ir.from_proto(proto)
     common.NameFixPass()(model)
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    infer_shapes(model)
     name_layers(model)
     if case.page != CanonicalizePass.name:
         CanonicalizePass()(model)

@@ -2,11 +2,12 @@
 """The compact text of a model on the after side of a pass page: made to be read and compared, never parsed.
 
 One line a node: outputs with their types, operator, inputs, attributes, and after ``@`` the layers it comes from. Weights are dtype and
-shape; integers of up to four elements are shown by value.
+shape; shapes and the like (int64, bool) of up to four elements are shown by value. What was measured is not: it differs between machines.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -17,7 +18,8 @@ from splitfold.passes.pipeline import PassRecord
 __all__ = ["render_model", "render_record"]
 
 _SHOWN = 4
-_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.BOOL)
+_INTEGERS = (ir.DataType.INT64, ir.DataType.BOOL)
+_MEASURED = re.compile(r"-?\d+\.\d dB")
 
 
 def render_model(model: ir.Model) -> str:
@@ -33,7 +35,7 @@ def render_record(record: PassRecord) -> str:
     """Return what a pass applied, skipped (with the reasons) and noted."""
     lines = [f"applied {layer}: {what}" for layer, what in record.applied]
     lines += [f"skipped {layer}: {reason}" for layer, reason in record.skipped]
-    return "\n".join(lines + [f"note {note}" for note in record.notes])
+    return _MEASURED.sub("... dB", "\n".join(lines + [f"note {note}" for note in record.notes]))
 
 
 def _graph_lines(graph: ir.Graph, margin: str) -> Iterator[str]:

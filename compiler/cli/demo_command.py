@@ -71,7 +71,7 @@ def demo_command(
             )
         files[name] = artifact.save(output / name, overwrite=True) / MODEL_FILE
         out().print(f"{name:<6}{artifact.manifest['pipeline']}", soft_wrap=True)
-    timings = bench(list(files.values()), {"image": digits.images[:64]}, runs=runs)
+    timings = bench(list(files.values()), {"image": digits.images[:64]}, threads=1, runs=runs)
     _print(digits, files, timings)
     out().print(f"The artifacts are in {', '.join(str(output / name) for name in _PRESETS)}.", soft_wrap=True)
     out().print(
@@ -92,7 +92,7 @@ def _print(digits: _Digits, files: dict[str, Path], timings: list[Timing]) -> No
         )
         for (name, file), timing in zip(files.items(), timings, strict=True)
     ]
-    title = f"{len(digits.labels)} held-out digits; latency of 64 images, models taking turns"
+    title = f"{len(digits.labels)} held-out digits; latency of 64 images on one thread, models taking turns"
     table(
         ("model", "accuracy#", "file#", "median ms#", "speed#", "weights in low-bit layers#"),
         rows,
@@ -107,4 +107,4 @@ def _low_bit(layers: list[LayerFacts]) -> str:
         for facts in layers
     ]
     total = sum(size for size, _ in sizes)
-    return f"{100 * sum(size for size, low in sizes if low) / total:.0f} %" if total else "-"
+    return f"{100 * sum(size for size, low in sizes if low) / total:.1f} %" if total else "-"

@@ -23,7 +23,7 @@ DEBUG = "splitfold.debug"
 
 
 class Commands(TyperGroup):
-    """A group whose commands end with a block on standard error where they fail (``--debug``: a traceback)."""
+    """A group whose failing commands end with a block on standard error (``--debug``: a traceback)."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that the command line names."""

@@ -90,7 +90,7 @@ def _prose(kind: type[Pass]) -> str:
 
 
 def _argument_helps(kind: type[Pass]) -> dict[str, str]:
-    """Return the help of each option from the Args of the class and of the classes it inherits options from."""
+    """Return the help of each option from the Args of the class and of its parents."""
     found: dict[str, str] = {"require": "how much must be applied, or the pass fails"}
     for parent in reversed(kind.__mro__):
         section = re.search(r"\nArgs:\n((?:(?: +.*)?\n)+)", f"{inspect.cleandoc(parent.__doc__ or '')}\n")

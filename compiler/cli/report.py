@@ -107,6 +107,9 @@ def print_deviation(manifest: Mapping[str, Any]) -> None:
         (name, *(_number(found[key]) for key in ("cosine", "sqnr_db", "max_abs", "relative", "top1")))
         for name, found in manifest["deviation"].items()
     ]
+    if manifest.get("unverified"):
+        out().print(f"\nNOT VERIFIED: {manifest['unverified']}.", soft_wrap=True)
+        return
     where = "on synthetic inputs" if manifest.get("feeds_synthetic") else "on the example inputs"
     out().print(f"\nthe result as deployed against the reference, {where}")
     table(("output", "cosine#", "SQNR dB#", "max abs#", "relative#", "top-1#"), rows)

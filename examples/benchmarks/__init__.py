@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripts that measure splitfold on real models beside onnxruntime's own quantizers, and print what they find."""
+"""Scripts that measure splitfold on real models beside onnxruntime's own quantizers."""

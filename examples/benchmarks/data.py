@@ -93,7 +93,9 @@ def photo_files() -> list[Path]:
 
 def photo_labels() -> Labels:
     """ImageNet labels 0..999 of the photos."""
-    with shared("data", "images", "imagenet_compatible", "labels.csv").open(encoding="utf-8", newline="") as file:
+    with shared("data", "images", "imagenet_compatible", "labels.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
         return np.array([int(row["label"]) for row in csv.DictReader(file)], np.int64)
 
 

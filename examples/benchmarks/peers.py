@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""onnxruntime's own quantizers, called as well as they can be called; each returns the written file, or raises what they raise."""
+"""onnxruntime's own quantizers, called as well as they can be called; each returns the written file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def ort_dynamic(model: Path, result: Path) -> Path:
     return result
 
 
-def ort_static(model: Path, result: Path, feeds: Sequence[Feeds], operators: Sequence[str] | None = None) -> Path:
+def ort_static(
+    model: Path, result: Path, feeds: Sequence[Feeds], operators: Sequence[str] | None = None
+) -> Path:
     """`quantize_static` after `quant_pre_process`: QDQ, uint8 activations, int8 weights per channel, min-max.
 
     `operators` are the types to quantize; None is their default, all that they know.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark scripts print: rows with a target and a verdict, the machine, and interleaved timings."""
+"""What the benchmark scripts print: rows with a target and a verdict, and the machine; and how they time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,11 @@ def machine() -> str:
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
         flags = next((line for line in lines if line.startswith("flags")), "")
-        cpu += "".join(f", {name}" for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if f" {name}" in flags)
+        cpu += "".join(
+            f", {name}"
+            for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+            if f" {name}" in flags
+        )
     versions = ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name)))
     return f"{cpu}; {threads()} threads; Python {platform.python_version()}; {versions}"
 
@@ -94,17 +98,19 @@ def _version(package: str) -> str:
         return ""
 
 
-def open_bare(path: Path, options: Mapping[str, Any] | None = None) -> Any:
-    """The model in a plain onnxruntime session, as a user without splitfold opens it."""
+def open_bare(path: Path) -> Any:
+    """The model in a plain onnxruntime session, as a user without splitfold opens it.
+
+    Its threads stop to spin when a run ends: else those of one session would slow down the next one in turn.
+    """
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
-    for name, value in (options or {}).items():
-        setattr(settings, name, value)
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """(median seconds, median speed-up over the first) of each run, all timed in turn in each of `rounds` rounds.
+    """(median seconds, median speed-up over the first) of each run, timed in turn in each round.
 
     The machine's other load hits all of them alike; the ratio is taken within a round, then the median over rounds.
     """
@@ -143,7 +149,9 @@ def megabytes(path: Path) -> float:
 
 def sqnr(reference: Sequence[npt.NDArray[Any]], actual: Sequence[npt.NDArray[Any]]) -> float:
     """Signal to quantization noise ratio in dB over all pairs of arrays."""
-    noise = sum(float(np.sum(np.square(a.astype(np.float64) - r))) for r, a in zip(reference, actual, strict=True))
+    noise = sum(
+        float(np.sum(np.square(a.astype(np.float64) - r))) for r, a in zip(reference, actual, strict=True)
+    )
     signal = sum(float(np.sum(np.square(r.astype(np.float64)))) for r in reference)
     return 10 * float(np.log10(signal / noise)) if noise and signal else float("inf")
 
@@ -156,7 +164,8 @@ def low_bit(artifact: Artifact) -> str:
 
 def left_in_float(artifact: Artifact) -> dict[str, str]:
     """The layers that no pass carried in low precision, each with the last reason given."""
-    reasons = {layer: reason for record in artifact.records for layer, reason in record.skipped}
+    records = [record for record in artifact.records if record.text.startswith("quantize-")]
+    reasons = {layer: reason for record in records for layer, reason in record.skipped}
     held = {layer for layer, found in artifact.manifest["realised"].items() if found["low_bit"]}
     return {layer: reason for layer, reason in reasons.items() if layer not in held}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static int8 of two trained CNNs, ResNet-20 on CIFAR-10 and MCUNet on photos, beside onnxruntime's quantize_static.
+"""Static int8 of ResNet-20 on CIFAR-10 and MCUNet on photos, beside onnxruntime's quantize_static.
 
 Run `python examples/benchmarks/vision.py`. Both quantizers see the same calibration images.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from splitfold.compiler import compile, presets  # noqa: A004
+from splitfold.compiler import compile, presets
 from splitfold.examples.benchmarks import data
 from splitfold.examples.benchmarks.data import Feeds, Floats
 from splitfold.examples.benchmarks.peers import ort_static
@@ -58,7 +58,7 @@ def measure(path: Path, test: list[Feeds], seconds: float = 0.0) -> Measured:
 
 
 def quantize(model: Path, calibration: list[Feeds], folder: Path) -> tuple[Path, Path, float]:
-    """splitfold's int8 preset and onnxruntime's quantize_static on the same data: (ours, theirs, seconds of ours)."""
+    """Our int8 preset and onnxruntime's quantize_static: (our file, theirs, our seconds)."""
     start = time.perf_counter()
     artifact = compile(model, calibration=calibration, pipeline=presets.int8())
     seconds = time.perf_counter() - start
@@ -74,7 +74,10 @@ def speed(report: Report, files: dict[str, Path], feed: Feeds) -> None:
     batch = len(next(iter(feed.values())))
     for name, (seconds, ratio) in interleaved(runs, ROUNDS).items():
         where = "" if name == "fp32" else f"; {kernels(files[name])}"
-        report.note(f"  {name}, batch {batch}", f"{ratio:.2f}x fp32, {seconds * 1e3:.2f} ms, {megabytes(files[name]):.2f} MB{where}")
+        report.note(
+            f"  {name}, batch {batch}",
+            f"{ratio:.2f}x fp32, {seconds * 1e3:.2f} ms, {megabytes(files[name]):.2f} MB{where}",
+        )
 
 
 def resnet20(folder: Path) -> Report:
@@ -87,14 +90,30 @@ def resnet20(folder: Path) -> Report:
     ours, theirs, seconds = quantize(model, calibration, folder)
     test = data.batches("input", x, 100)
     reference = measure(model, test)
-    files = {"fp32": reference, "splitfold int8": measure(ours, test, seconds), "onnxruntime static": measure(theirs, test)}
+    files = {
+        "fp32": reference,
+        "splitfold int8": measure(ours, test, seconds),
+        "onnxruntime static": measure(theirs, test),
+    }
     accuracy = {name: 100 * float((found.top1 == y).mean()) for name, found in files.items()}
     report.note("fp32 accuracy, %", f"{accuracy['fp32']:.2f}")
-    report.check("splitfold int8: accuracy drop, points", accuracy["fp32"] - accuracy["splitfold int8"], 0.3, most=True, form=".2f")
-    report.note("onnxruntime static: accuracy drop, points", f"{accuracy['fp32'] - accuracy['onnxruntime static']:.2f}")
+    report.check(
+        "splitfold int8: accuracy drop, points",
+        accuracy["fp32"] - accuracy["splitfold int8"],
+        0.3,
+        most=True,
+        form=".2f",
+    )
+    report.note(
+        "onnxruntime static: accuracy drop, points",
+        f"{accuracy['fp32'] - accuracy['onnxruntime static']:.2f}",
+    )
     for name, found in list(files.items())[1:]:
         agreement = 100 * float((found.top1 == reference.top1).mean())
-        report.note(f"{name}: agreement with fp32, SQNR", f"{agreement:.2f} %, {sqnr([reference.logits], [found.logits]):.1f} dB")
+        report.note(
+            f"{name}: agreement with fp32, SQNR",
+            f"{agreement:.2f} %, {sqnr([reference.logits], [found.logits]):.1f} dB",
+        )
     report.note("splitfold int8: seconds to compile", f"{seconds:.1f}")
     for size in (1, 32):
         speed(report, {name: found.path for name, found in files.items()}, {"input": x[:size]})
@@ -123,10 +142,18 @@ def mcunet(folder: Path) -> Report:
             same = found.top1 == reference.top1
             scores[name].append(100 * float(same.mean()))
             text = f"{scores[name][-1]:.1f} %, {100 * float(same[unseen].mean()):.1f} % of the unseen, "
-            report.note(f"draw {draw}: {name}: agreement, SQNR", text + f"{sqnr([reference.logits], [found.logits]):.1f} dB")
+            report.note(
+                f"draw {draw}: {name}: agreement, SQNR",
+                text + f"{sqnr([reference.logits], [found.logits]):.1f} dB",
+            )
             files[name] = path
     mean = {name: float(np.mean(found)) for name, found in scores.items()}
-    report.check("splitfold int8: mean agreement, % (target: onnxruntime's)", mean["splitfold int8"], mean["onnxruntime static"], form=".2f")
+    report.check(
+        "splitfold int8: mean agreement, % (target: onnxruntime's)",
+        mean["splitfold int8"],
+        mean["onnxruntime static"],
+        form=".2f",
+    )
     speed(report, {"fp32": model, **files}, {"input": x[:1]})
     return report
 
