@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from splitfold.compiler import presets
-from splitfold.compiler.driver import compile  # noqa: A004 - the name users look for
+from splitfold.compiler.driver import compile
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.tolerance import Budget, Tolerance
 from splitfold.passes.pipeline import Pipeline

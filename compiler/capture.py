@@ -9,6 +9,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from splitfold.runtime.feeds import Array
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["capture_torch", "is_torch_model"]
+__all__ = ["Captured", "capture_torch", "is_torch_model"]
 
 _KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
 """The rest of the exporter's metadata holds local paths and source text."""
@@ -32,8 +33,23 @@ def is_torch_model(model: object) -> bool:
     return bool(names & {"torch.nn.modules.module.Module", "torch.export.exported_program.ExportedProgram"})
 
 
-def capture_torch(model: object, example_inputs: object, dynamic_shapes: object) -> tuple[ir.Model, dict[str, Array]]:
-    """Return the ONNX form of a torch model, and its example inputs as feeds.
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        model: its ONNX form.
+        feeds: the example inputs by input name.
+        outputs: what torch computes from them, in the order of the model's outputs.
+    """
+
+    model: ir.Model
+    feeds: dict[str, Array]
+    outputs: list[Array]
+
+
+def capture_torch(model: object, example_inputs: object, dynamic_shapes: object) -> Captured:
+    """Return the ONNX form of a torch model, its example inputs as feeds, and torch's own outputs to compare with.
 
     Args:
         model: module or exported program.
@@ -56,7 +72,7 @@ def capture_torch(model: object, example_inputs: object, dynamic_shapes: object)
         args, kwargs = _split_inputs(example_inputs)
         program = _export(model, args, kwargs, dynamic_shapes)
     captured = _to_onnx(program)
-    return captured, _feeds(captured, args, kwargs)
+    return Captured(captured, _feeds(captured, args, kwargs), _outputs(program, args, kwargs))
 
 
 def _split_inputs(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -153,6 +169,15 @@ def _feeds(model: ir.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         raise CaptureError(f"the captured model has inputs {names}, the example inputs hold {len(by_name) + len(tensors)} tensors.")
     feeds = by_name | dict(zip(free, tensors, strict=True))
     return {name: feeds[name].detach().cpu().numpy() for name in names}
+
+
+def _outputs(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Array]:
+    import torch
+    from torch.utils import _pytree
+
+    with _quiet(), torch.no_grad():
+        leaves = _pytree.tree_leaves(program.module()(*args, **kwargs))
+    return [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 @contextlib.contextmanager

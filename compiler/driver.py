@@ -45,7 +45,7 @@ _REPAIRS = 3
 """Rounds in which layers that the runtime did not realise are put back to float; the second is already rare."""
 
 
-def compile(  # noqa: A001 - the name users look for
+def compile(
     model: object,
     example_inputs: object = None,
     *,

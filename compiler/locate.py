@@ -10,9 +10,8 @@ from pathlib import Path
 
 from splitfold.compiler.errors import CaptureError
 from splitfold.runtime.errors import did_you_mean
-from splitfold.runtime.model_file import MODEL_FILE
 
-__all__ = ["Located", "locate_attribute", "locate_data", "locate_model", "model_file"]
+__all__ = ["Located", "locate_attribute", "locate_data", "locate_model"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,6 @@ def locate_data(text: str) -> object:
         CaptureError: the module or name does not exist.
     """
     return locate_attribute(text) if _names_attribute(text) else Path(text)
-
-
-def model_file(text: str | Path) -> Path:
-    """Return the ``.onnx`` file of an artifact folder, or the file itself."""
-    path = Path(text)
-    return path / MODEL_FILE if path.is_dir() else path
 
 
 def _names_attribute(text: str) -> bool:

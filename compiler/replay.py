@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from splitfold.compiler.driver import compile
-from splitfold.compiler.locate import model_file
 from splitfold.compiler.manifest import FORMAT, installed_version
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.tolerance import Tolerance
@@ -20,7 +19,7 @@ from splitfold.passes.pipeline import Observer
 from splitfold.runtime.artifact import Artifact, read_manifest
 from splitfold.runtime.digest import content_digest
 from splitfold.runtime.errors import ArtifactError
-from splitfold.runtime.model_file import file_digest, read_model
+from splitfold.runtime.model_file import file_digest, model_path, read_model
 from splitfold.runtime.target import Target
 
 __all__ = ["Replay", "replay"]
@@ -93,7 +92,7 @@ def replay(
     _check_digests(place, manifest, built.manifest)
     carried = {key: manifest[key] for key in _CARRIED_OVER if key in manifest}
     built = dataclasses.replace(built, manifest={**built.manifest, **carried})
-    same = content_digest(read_model(model_file(place))) == content_digest(built.model)
+    same = content_digest(read_model(model_path(place))) == content_digest(built.model)
     files = _same_files(place, built) if same else False
     return Replay(built, same, files, (*warnings, *_fact_warnings(manifest, built.manifest)))
 

@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from splitfold.compiler.capture import capture_torch, is_torch_model
+from splitfold.compiler.capture import Captured, capture_torch, is_torch_model
 from splitfold.compiler.errors import CaptureError
 from splitfold.runtime.calibration import Calibration
+from splitfold.runtime.compare import deviation
 from splitfold.runtime.errors import SessionError, UnsupportedError
 from splitfold.runtime.feeds import Array, Feeds, check_feeds, model_inputs, synthetic_feeds
-from splitfold.runtime.model_file import MODEL_FILE, read_model
+from splitfold.runtime.model_file import model_path, read_model
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
@@ -24,6 +25,10 @@ __all__ = ["Source", "load_source"]
 
 _SIZES = (8, 1, 32, 512, 224)
 """Sizes tried for dynamic axes where the user gave no inputs and the model does not run with the first."""
+
+
+_CAPTURE_LIMIT = 1e-2
+"""Relative L2 distance of the captured graph's outputs from torch's: far beyond float32, reached by float16 models."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,10 @@ def load_source(
         ValueError: example inputs that do not fit.
     """
     if is_torch_model(model):
-        captured, feeds = capture_torch(model, example_inputs, dynamic_shapes)
-        check_finite(captured)
-        return Source(captured, feeds, None, False, _calibration(captured, calibration))
+        captured = capture_torch(model, example_inputs, dynamic_shapes)
+        check_finite(captured.model)
+        _check_captured(captured, target)
+        return Source(captured.model, captured.feeds, None, False, _calibration(captured.model, calibration))
     read, path = _read(model)
     check_finite(read)
     data, reason = _calibration(read, calibration), unrunnable_reason(read, target)
@@ -70,6 +76,21 @@ def load_source(
     if data is not None:
         return Source(read, next(iter(data.checked(read))), path, False, data, reason)
     return Source(read, {} if reason else runnable_feeds(read, target), path, True, None, reason)
+
+
+def _check_captured(captured: Captured, target: Target) -> None:
+    """Raise `CaptureError` where the ONNX graph does not compute what torch does."""
+    outputs = Session(captured.model, target, optimization=Optimization.OFF).run(captured.feeds)
+    if len(outputs) != len(captured.outputs):
+        return  # torch also returned values that are no outputs of the graph, such as constants
+    for (name, actual), expected in zip(outputs.items(), captured.outputs, strict=True):
+        if expected.shape != actual.shape:
+            raise CaptureError(f"the captured graph gives '{name}' the shape {actual.shape}, torch gives {expected.shape}.")
+        found = deviation([expected], [actual])
+        if found.relative > _CAPTURE_LIMIT:
+            raise CaptureError(
+                f"the captured graph is not the torch model: output '{name}' is off by {found.relative:.2g} of its norm ({found})."
+            )
 
 
 def unrunnable_reason(model: ir.Model, target: Target) -> str:
@@ -107,8 +128,7 @@ def _read(model: object) -> tuple[ir.Model, Path | None]:
     if isinstance(model, onnx.ModelProto):
         return ir.from_proto(model), None
     if isinstance(model, str | Path):
-        path = Path(model)
-        file = path / MODEL_FILE if path.is_dir() else path
+        file = model_path(model)
         return read_model(file), file
     raise CaptureError(
         f"cannot compile a {type(model).__name__}: pass an nn.Module, ExportedProgram, path, onnx.ModelProto, onnx_ir.Model or artifact folder."

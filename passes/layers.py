@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -66,6 +66,11 @@ class Layer:
     def channel_axis(self) -> int:
         """Axis of the weight that indexes output channels."""
         return 1 if self.is_linear else 0
+
+    def current(self) -> Layer:
+        """Return the layer as it stands now: what it reads may have been replaced since it was found."""
+        found = _layer(self.node, self.in_subgraph)
+        return replace(self, input=found.input, weight=found.weight, bias=found.bias)
 
     def weight_array(self) -> Array:
         """Return the weight as an array (its own dtype)."""

@@ -16,7 +16,7 @@ from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.layers import Layer, LayerKind, find_layers
 from splitfold.passes.opset import default_opset
 from splitfold.passes.ranges import ActivationStats, Calibrator, activation_range
-from splitfold.passes.regions import output_point, region_values
+from splitfold.passes.regions import moved_into_subgraph, output_point, region_values
 from splitfold.passes.static_int8 import quantize_statically, trial_carrier
 from splitfold.passes.trial import local_sqnr
 from splitfold.passes.values import constant
@@ -127,6 +127,8 @@ def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str |
         return "it stands in a subgraph, whose activations cannot be calibrated"
     if layer.weight.dtype is not ir.DataType.FLOAT:
         return f"the weight is {layer.weight.dtype}, not FLOAT"
+    if layer.kind is LayerKind.CONV and moved_into_subgraph(output_point(layer)):
+        return "a subgraph reads its output through a Reshape or the like, which crashes the runtime in int8"
     return _bias_reason(layer)
 
 

@@ -63,7 +63,7 @@ class QuantizeDynamicPass(LayerPass):
             measured = local_sqnr(model, _trial_carrier(layers, levels), calibration, context.target)
             layers = [layer for layer in layers if self._accurate(layer, measured, findings)]
         shared: dict[tuple[ir.Value, ir.Graph | None], Quantized] = {}
-        for layer in layers:
+        for layer in (layer.current() for layer in layers):
             carried = carry_dynamic(layer, _quantized(layer, shared), levels=levels)
             replace_value(layer.output, carried.output)
             drop_unused([layer.node])

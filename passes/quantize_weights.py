@@ -88,7 +88,7 @@ class QuantizeWeightsPass(LayerPass):
             layers = self._candidates(model, context, Findings())  # the converter made new nodes
             opset_raised = True
         stored = elements = 0
-        for layer in layers:
+        for layer in (layer.current() for layer in layers):
             quantized = self._quantize(layer)
             carried = self._carry(layer, quantized)
             replace_value(layer.output, carried.output)

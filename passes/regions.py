@@ -15,7 +15,7 @@ import onnx_ir as ir
 from splitfold.passes.layers import Layer
 from splitfold.passes.values import constant, sole_consumer
 
-__all__ = ["output_point", "region_values"]
+__all__ = ["moved_into_subgraph", "output_point", "region_values"]
 
 _COMPUTING = {"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat"}
 """Operators with integer kernels that give their output a grid of its own."""
@@ -33,6 +33,19 @@ def _after_activation(node: ir.Node) -> ir.Value:
     if follower is None or follower.graph is not node.graph or not _absorbed(follower):
         return node.outputs[0]
     return follower.outputs[0]
+
+
+def moved_into_subgraph(value: ir.Value) -> bool:
+    """Return whether a subgraph reads a moving operator's output that comes from `value` by moving alone.
+
+    ONNX Runtime aborts the process where it finds DequantizeLinear, Reshape (or the like) and such a reader in a row: seen up to 1.31.1.
+    """
+    movers = [use.node for use in value.uses() if use.node.op_type in _PASSING and use.node.domain == ""]
+    return any(_read_in_subgraph(mover) or moved_into_subgraph(mover.outputs[0]) for mover in movers)
+
+
+def _read_in_subgraph(node: ir.Node) -> bool:
+    return any(use.node.graph is not node.graph for use in node.outputs[0].uses())
 
 
 def _absorbed(node: ir.Node) -> bool:
@@ -75,7 +88,7 @@ def _point(node: ir.Node) -> ir.Value | None:
 def _grid_source(node: ir.Node, region: dict[ir.Value, ir.Value], holdable: Callable[[ir.Value], bool]) -> ir.Value | None:
     first = node.inputs[0] if node.inputs else None
     point = _point(node)
-    if first is None or point is None or first not in region:
+    if first is None or point is None or first not in region or moved_into_subgraph(point):
         return None
     if node.op_type in _PASSING:
         return region[first]

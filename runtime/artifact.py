@@ -12,7 +12,14 @@ from typing import Any
 import onnx_ir as ir
 
 from splitfold.runtime.errors import ArtifactError
-from splitfold.runtime.model_file import MODEL_FILE, file_digest, new_folder, read_model, scratch_folder, write_model
+from splitfold.runtime.model_file import (
+    MODEL_FILE,
+    file_digest,
+    new_folder,
+    read_model,
+    scratch_folder,
+    write_model,
+)
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 

@@ -15,12 +15,25 @@ import onnx_ir as ir
 
 from splitfold.runtime.errors import ArtifactError
 
-__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "check_folder", "file_digest", "new_folder", "read_model", "scratch_folder", "weight_bytes", "write_model"]
+__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "check_folder", "file_digest", "model_path", "new_folder", "read_model", "scratch_folder", "weight_bytes", "write_model"]
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _EXTERNAL_ABOVE = 1_500_000_000
 """Bytes of weights above which they go to a file of their own: protobuf ends at 2 GB."""
+
+
+def model_path(place: str | Path) -> Path:
+    """Return the ``.onnx`` file of an artifact folder, or the file itself.
+
+    Raises:
+        ArtifactError: the place may not be looked at.
+    """
+    path = Path(place)
+    try:
+        return path / MODEL_FILE if path.is_dir() else path
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {_reason(error)}.") from error
 
 
 def read_model(path: Path) -> ir.Model:

@@ -44,7 +44,7 @@ class Session:
         target: where it runs.
         threads: intra-operator threads; 0 is the runtime's choice.
         optimization: how far the runtime may rewrite the graph.
-        taps: names of internal values that `run` may be asked for.
+        taps: names of internal values that `run` will be asked for; naming them here saves opening the model again.
 
     Raises:
         SessionError: the runtime refuses the model.
@@ -62,11 +62,13 @@ class Session:
         self._target = target or Target.cpu()
         self._options = _options(threads, optimization)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._model = model
         self._session = self._open(_with_taps(model, taps) if taps else model)
         self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         names = tuple(value.name for value in self._session.get_outputs())
-        self.outputs: tuple[str, ...] = tuple(name for name in names if name not in set(taps))
+        self.outputs: tuple[str, ...] = names[: len(names) - _added(model, taps)]
         """Names of the model's own outputs, in order."""
+        self._known = set(names)
 
     def _open(self, model: ir.Model | str | Path) -> ort.InferenceSession:
         try:
@@ -86,9 +88,12 @@ class Session:
         """Run the model once and return its outputs, and the values named in `taps`, by name.
 
         Raises:
-            SessionError: the feeds do not fit, or a kernel fails.
+            SessionError: the feeds do not fit, a kernel fails, or a tap names no value of the graph.
         """
         names = [*self.outputs, *(tap for tap in taps if tap not in self.outputs)]
+        if unknown := set(taps) - self._known:
+            self._session = self._open(_with_taps(self._model, [*self._known - set(self.outputs), *sorted(unknown)]))
+            self._known |= unknown
         try:
             results = self._session.run(names, {name: np.asarray(feeds[name]) for name in feeds})
         except Exception as error:
@@ -105,6 +110,14 @@ def _options(threads: int, optimization: Optimization) -> ort.SessionOptions:
     return options
 
 
+def _added(model: ir.Model | str | Path, taps: Sequence[str]) -> int:
+    """Return how many of `taps` are not outputs already, so that tapping adds them."""
+    if not taps:
+        return 0
+    outputs = model.graph.outputs if isinstance(model, ir.Model) else read_model(Path(model)).graph.outputs
+    return len(set(taps) - {value.name for value in outputs})
+
+
 def _with_taps(model: ir.Model | str | Path, taps: Sequence[str]) -> ir.Model:
     tapped = model.clone() if isinstance(model, ir.Model) else read_model(Path(model))
     present = {value.name for value in tapped.graph.outputs}
@@ -112,7 +125,7 @@ def _with_taps(model: ir.Model | str | Path, taps: Sequence[str]) -> ir.Model:
     values |= {value.name: value for value in tapped.graph.inputs}
     if missing := [tap for tap in taps if tap not in values]:
         raise SessionError(f"no value named '{missing[0]}' at the top level of the graph to tap.")
-    tapped.graph.outputs.extend(values[tap] for tap in taps if tap not in present)
+    tapped.graph.outputs.extend(values[tap] for tap in dict.fromkeys(taps) if tap not in present)
     return tapped
 
 

@@ -39,6 +39,10 @@ class _Graph:
         chosen = rng.permutation(3)[: int(rng.integers(1, 4))]
         self.inputs = {f"x{index}": starts[index] for index in sorted(chosen)}
         self.shapes.update(self.inputs)
+        self.ids = int(rng.integers(2, 6)) if rng.random() < 0.4 else 0
+        for _ in range(int(rng.integers(1, 3)) if self.ids else 0):
+            rows = int(rng.integers(10, 40))
+            self.add("Gather", [self.weight((rows, features)), "ids"], (self.ids, features))
 
     def _size(self) -> int:
         return int(self.rng.integers(2, 20))
@@ -83,13 +87,17 @@ class _Graph:
         graph = helper.make_graph(
             self.nodes,
             name,
-            [self._info(value) for value in self.inputs],
+            [*map(self._info, self.inputs), *self._ids()],
             [self._info(value) for value in outputs],
             [numpy_helper.from_array(array, key) for key, array in self.weights.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=10)
         onnx.checker.check_model(model, full_check=True)
         return model
+
+    def _ids(self) -> list[onnx.ValueInfoProto]:
+        """Return the input that embeddings are indexed with, if there are any."""
+        return [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", self.ids])] if self.ids else []
 
     def _info(self, value: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(value, TensorProto.FLOAT, ["batch", *self.shapes[value]])

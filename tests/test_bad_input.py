@@ -421,7 +421,7 @@ def test_output_folder_below_a_file(tmp_path: Path, artifact: Artifact) -> None:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[Path]:
-    """Yield a folder that may be read and not written; root, who may do everything, becomes nobody meanwhile."""
+    """Yield a folder that may be read and not written; root, who may do all, becomes nobody meanwhile."""
     folder = Path(tempfile.mkdtemp(prefix="splitfold-locked-"))
     folder.chmod(0o555)
     root = os.geteuid() == 0

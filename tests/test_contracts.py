@@ -34,7 +34,19 @@ from splitfold.runtime.session import Optimization, Session
 
 PAGES = Path(__file__).parent / "passes"
 SEEDS = range(120)
-LOSSY = tuple(kind for kind in PASSES if kind.contract is Contract.LOSSY)
+LOSSY = {
+    "quantize-activations": 10.0,
+    "quantize-activations{calibrator=entropy,symmetric=true,weight-bits=7}": 3.0,
+    "quantize-activations{calibrator=mse,min-sqnr=30}": 10.0,
+    "quantize-dynamic": 20.0,
+    "quantize-dynamic{min-sqnr=35}": 20.0,
+    "quantize-embeddings{min-bytes=0}": 20.0,
+    "quantize-embeddings{bits=4,block=16,min-bytes=0}": 5.0,
+    "quantize-weights": 8.0,
+    "quantize-weights{bits=2,block=16,symmetric=true,accuracy-level=1}": -3.0,
+    "quantize-weights{bits=8,block=16,form=qdq}": 30.0,
+}
+"""Lossy passes with options, and the dB that every output of a random graph keeps."""
 ids = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES])
 
 
@@ -189,27 +201,33 @@ def test_random_graphs_stay_equal(seed: int) -> None:
         assert found.excess <= 1, f"{name} moved by {found.max_abs:.3g}, {found.excess:.3g} times the bound"
 
 
-@pytest.mark.parametrize("kind", LOSSY, ids=[kind.name for kind in LOSSY])
-def test_random_graphs_stay_valid_and_finite(kind: type[Pass]) -> None:
-    applied = 0
-    worst = float("inf")
-    for seed in SEEDS:
+@pytest.mark.parametrize(("text", "floor"), LOSSY.items(), ids=list(LOSSY))
+def test_random_graphs_stay_valid_and_finite(text: str, floor: float) -> None:
+    step = parse_pass(text, PASSES)
+    seeds = SEEDS if text == step.name else SEEDS[:40]
+    applied, worst = 0, float("inf")
+    for seed in seeds:
         start = started(seed)
-        after, record = apply(kind(), start.canonical, start.feeds)
+        after, record = apply(step, start.canonical, start.feeds)
         applied += len(record.applied)
         for optimization in Optimization if record.modified else ():
             for name, actual in run(after, start.feeds, optimization).items():
                 assert np.isfinite(actual).all(), f"seed {seed}: {name} is not finite"
                 found = deviation([start.reference[name]], [actual])
                 worst = min(worst, found.sqnr_db)
-                assert found.cosine > 0.7 or found.max_abs < 1e-3, f"seed {seed}: {name} has {found}"
-    print(f"\n{kind.name}: {applied} layers applied in {len(SEEDS)} graphs, worst output {worst:.1f} dB")
-    assert applied >= (0 if kind.name == "quantize-embeddings" else 20)
+                assert found.sqnr_db > floor, f"seed {seed}: {name} has {found} (optimisations {optimization.value})"
+    print(f"\n{text}: {applied} layers applied in {len(seeds)} graphs, worst output {worst:.1f} dB")
+    assert applied >= 20
+
+
+def test_every_lossy_pass_meets_random_graphs() -> None:
+    tried = {parse_pass(text, PASSES).name for text in LOSSY}
+    assert tried == {kind.name for kind in PASSES if kind.contract is Contract.LOSSY}
 
 
 def test_random_graphs_hold_what_passes_rewrite() -> None:
     operators = {node.op_type for seed in SEEDS for node in nodes(started(seed).model)}
-    assert operators >= {"MatMul", "Gemm", "Conv", "BatchNormalization", "Identity", "Dropout", "Constant", "If", "Concat"}
+    assert operators >= {"MatMul", "Gemm", "Conv", "BatchNormalization", "Identity", "Dropout", "Constant", "If", "Concat", "Gather"}
 
 
 def test_layer_passes_refuse_unknown_patterns() -> None:

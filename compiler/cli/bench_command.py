@@ -12,9 +12,8 @@ from splitfold.compiler.cli.compare_command import DataOption
 from splitfold.compiler.cli.data import open_data
 from splitfold.compiler.cli.options import DebugOption, first_feeds
 from splitfold.compiler.cli.output import file_bytes, megabytes, out, table
-from splitfold.compiler.locate import model_file
 from splitfold.runtime.bench import bench
-from splitfold.runtime.model_file import read_model
+from splitfold.runtime.model_file import model_path, read_model
 
 __all__ = ["bench_command"]
 
@@ -41,7 +40,7 @@ def bench_command(
     Example:
       splitfold bench model.onnx out-int8 out-int4 --data inputs.npz --threads 2 --runs 100
     """
-    files = [model_file(model) for model in models]
+    files = [model_path(model) for model in models]
     read = [read_model(file) for file in files]
     feeds, words = open_data(data, read[0], batch=batch)
     example = first_feeds(feeds)

@@ -11,8 +11,7 @@ import typer
 from splitfold.compiler.cli.data import open_data
 from splitfold.compiler.cli.options import DebugOption, ToleranceOption, parse_tolerance
 from splitfold.compiler.cli.output import out, table
-from splitfold.compiler.locate import model_file
-from splitfold.runtime.model_file import read_model
+from splitfold.runtime.model_file import model_path, read_model
 from splitfold.runtime.session import Session
 from splitfold.runtime.side_by_side import compare_sessions
 
@@ -46,10 +45,10 @@ def compare_command(
       splitfold compare model.onnx out --data held_out.npz
     """
     limits = parse_tolerance(tolerance)
-    first = read_model(model_file(reference))
-    read_model(model_file(actual))
+    first = read_model(model_path(reference))
+    read_model(model_path(actual))
     batches, words = open_data(data, first)
-    deviations, count = compare_sessions(Session(model_file(reference)), Session(model_file(actual)), batches)
+    deviations, count = compare_sessions(Session(model_path(reference)), Session(model_path(actual)), batches)
     out().print(
         f"{actual} against {reference} over {count} batch{'es' if count != 1 else ''} of {words}",
         soft_wrap=True,

@@ -28,10 +28,10 @@ from splitfold.compiler.cli.options import (
 from splitfold.compiler.cli.output import file_bytes, megabytes, say
 from splitfold.compiler.cli.report import print_report
 from splitfold.compiler.driver import compile
-from splitfold.compiler.locate import Located, locate_data, locate_model, model_file
+from splitfold.compiler.locate import Located, locate_data, locate_model
 from splitfold.compiler.progress import Progress
 from splitfold.runtime.artifact import Artifact
-from splitfold.runtime.model_file import MODEL_FILE, check_folder
+from splitfold.runtime.model_file import MODEL_FILE, check_folder, model_path
 
 __all__ = ["compile_command"]
 
@@ -92,7 +92,7 @@ def _print_sizes(artifact: Artifact, source: Located, output: Path) -> None:
     before, after = artifact.records[0].bytes_before, artifact.records[-1].bytes_after
     say("weights", f"{megabytes(before)} > {megabytes(after)} ({_percent(after, before)})")
     if isinstance(source.model, Path):
-        was, now = file_bytes(model_file(source.model)), file_bytes(output / MODEL_FILE)
+        was, now = file_bytes(model_path(source.model)), file_bytes(output / MODEL_FILE)
         say("file", f"{megabytes(was)} > {megabytes(now)} ({_percent(now, was)})")
     say("written", f"{output / MODEL_FILE} and manifest.json")
 

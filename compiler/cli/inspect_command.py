@@ -15,11 +15,10 @@ from splitfold.compiler.cli.options import DebugOption
 from splitfold.compiler.cli.output import file_bytes, megabytes, out, say, table
 from splitfold.compiler.cli.report import print_deviation, print_kernels
 from splitfold.compiler.inspection import LayerFacts, constant_bytes, inspect_layers, operator_counts
-from splitfold.compiler.locate import model_file
 from splitfold.runtime.artifact import read_manifest
 from splitfold.runtime.errors import ArtifactError
 from splitfold.runtime.feeds import model_inputs
-from splitfold.runtime.model_file import read_model
+from splitfold.runtime.model_file import model_path, read_model
 
 __all__ = ["inspect_command"]
 
@@ -36,7 +35,7 @@ def inspect_command(
     Example:
       splitfold inspect out
     """
-    file = model_file(path)
+    file = model_path(path)
     model = read_model(file)
     say("file", f"{file}, {megabytes(file_bytes(file))}, constants {megabytes(constant_bytes(model))}")
     opsets = ", ".join(

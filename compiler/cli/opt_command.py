@@ -23,8 +23,9 @@ from splitfold.compiler.cli.options import (
 from splitfold.compiler.cli.output import file_bytes, megabytes, say
 from splitfold.compiler.cli.report import print_report
 from splitfold.compiler.driver import compile
-from splitfold.compiler.locate import locate_data, model_file
+from splitfold.compiler.locate import locate_data
 from splitfold.compiler.progress import Progress
+from splitfold.runtime.model_file import model_path
 
 __all__ = ["opt_command"]
 
@@ -67,7 +68,7 @@ def opt_command(
             tolerance=limits,
             observers=[progress],
         )
-    was = file_bytes(model_file(model))
+    was = file_bytes(model_path(model))
     print_report(artifact, steps, verbose=verbose)
     written = artifact.save_model(output)
     say("file", f"{megabytes(was)} > {megabytes(file_bytes(written))}")

@@ -60,9 +60,7 @@ def zoo() -> tuple[Any, ...]:
     """The architectures of the tests."""
     folder = project() / "tests"
     if not (folder / "zoo.py").is_file():
-        console.print(
-            f"The architectures are in {folder.name}/zoo.py of the project, which is not there: run this from a checkout."
-        )
+        console.print("The architectures are in tests/zoo.py, which is not there: run this from a checkout.")
         raise SystemExit(2)
     sys.path.insert(0, str(folder))
     found: tuple[Any, ...] = importlib.import_module("zoo").ARCHITECTURES
@@ -101,7 +99,7 @@ def examine(architecture: Any, folder: Path, ours_only: bool) -> Result:
     module, kwargs = architecture.build()
     model = folder / "captured.onnx"
     try:
-        captured, _ = capture_torch(module, kwargs, architecture.dynamic_shapes)
+        captured = capture_torch(module, kwargs, architecture.dynamic_shapes).model
     except Exception as error:
         result.cosine["splitfold int8"] = None
         result.notes.append(f"capture fails: {str(error)[:220]}")

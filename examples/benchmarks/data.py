@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the measured models and data are, and how they are read.
 
-They belong to their authors and are not part of the project: the folder ``shared`` beside the project holds them, or the one that the
-environment variable SPLITFOLD_SHARED names.
+They belong to their authors and are not part of the project: the folder ``shared`` beside the project holds
+them, or the one that the environment variable SPLITFOLD_SHARED names.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def stories(count: int) -> list[str]:
 
 
 def cifar10(part: str) -> tuple[Floats, Labels]:
-    """CIFAR-10 as ResNet-20 reads it: float32 [n, 3, 32, 32] and labels; `part` is ``train_20k`` or ``test_5k``."""
+    """CIFAR-10 as ResNet-20 reads it, [n, 3, 32, 32], and labels; `part`: ``train_20k`` or ``test_5k``."""
     with np.load(shared("data", "images", "cifar10", f"{part}.npz")) as archive:
         x, y = archive["x"], archive["y"].astype(np.int64)
     scaled = (x.astype(np.float32) / 255 - np.float32(CIFAR_MEAN)) / np.float32(CIFAR_STD)

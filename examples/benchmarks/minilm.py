@@ -107,7 +107,7 @@ def capture(encoder: Encoder, path: Path) -> Path:
         for name, array in encoder.feeds(["A plane is taking off.", "A dog."]).items()
     }
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    captured, _ = capture_torch(module, example, dict.fromkeys(example, axes))
+    captured = capture_torch(module, example, dict.fromkeys(example, axes)).model
     ir.save(captured, path)
     return path
 

@@ -112,7 +112,7 @@ def open_bare(path: Path) -> Any:
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
     """(median seconds, median speed-up over the first) of each run, timed in turn in each round.
 
-    The machine's other load hits all of them alike; the ratio is taken within a round, then the median over rounds.
+    Other load on the machine hits all of them alike; a ratio is taken in each round, then the median of them.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -131,7 +131,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def kernels(path: Path) -> str:
-    """The low-bit kernels of the graph that the runtime really executes, counted: ``36 DynamicQuantizeMatMul``."""
+    """The low-bit kernels of the graph that the runtime really executes: ``36 DynamicQuantizeMatMul``."""
     target = Target.cpu()
     found = Counter(
         node.op_type
