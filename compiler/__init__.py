@@ -12,4 +12,14 @@ from splitfold.runtime.artifact import Artifact
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
-__all__ = ["Artifact", "Budget", "Pipeline", "Session", "Target", "Tolerance", "Unrealised", "compile", "presets"]
+__all__ = [
+    "Artifact",
+    "Budget",
+    "Pipeline",
+    "Session",
+    "Target",
+    "Tolerance",
+    "Unrealised",
+    "compile",
+    "presets",
+]

@@ -28,7 +28,8 @@ _KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
 
 
 def is_torch_model(model: object) -> bool:
-    """Whether `model` is an nn.Module (fx.GraphModule included) or an ExportedProgram, without importing torch."""
+    """Whether `model` is an nn.Module (fx.GraphModule included) or an ExportedProgram, without importing
+    torch."""
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
     return bool(names & {"torch.nn.modules.module.Module", "torch.export.exported_program.ExportedProgram"})
 
@@ -49,11 +50,13 @@ class Captured:
 
 
 def capture_torch(model: object, example_inputs: object, dynamic_shapes: object) -> Captured:
-    """Return the ONNX form of a torch model, its example inputs as feeds, and torch's own outputs to compare with.
+    """Return the ONNX form of a torch model, its example inputs as feeds, and torch's own outputs to compare
+    with.
 
     Args:
         model: module or exported program.
-        example_inputs: a tuple of positional inputs, a mapping of keyword inputs, or ``(tuple, mapping)``; None for an exported program that carries its own.
+        example_inputs: a tuple of positional inputs, a mapping of keyword inputs, or ``(tuple,
+            mapping)``; None for an exported program that carries its own.
         dynamic_shapes: as `torch.export.export` takes it.
 
     Raises:
@@ -77,7 +80,9 @@ def capture_torch(model: object, example_inputs: object, dynamic_shapes: object)
 
 def _split_inputs(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example_inputs is None:
-        raise CaptureError("a PyTorch model needs example_inputs: a tuple, a dict of keyword arguments, or (tuple, dict).")
+        raise CaptureError(
+            "a PyTorch model needs example_inputs: a tuple, a dict of keyword arguments, or (tuple, dict)."
+        )
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if not isinstance(example_inputs, tuple | list):
@@ -96,7 +101,10 @@ def _export(
     import torch
 
     if module.training:
-        raise CaptureError(f"{type(module).__name__} is in training mode: call .eval() first, or dropout and batch norms would be captured as they train.")
+        raise CaptureError(
+            f"{type(module).__name__} is in training mode: call .eval() first, or dropout and batch norms "
+            "would be captured as they train."
+        )
     try:
         with _quiet(), torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)  # type: ignore[arg-type]
@@ -113,7 +121,10 @@ def _explain(module: torch.nn.Module, error: Exception) -> str:
     for frame, number in _frames(error):
         owner = frame.f_locals.get("self")
         if isinstance(owner, torch.nn.Module) and id(owner) in names and frame.f_code.co_name == "forward":
-            where, line = names[id(owner)], f" (line {number} of {frame.f_code.co_filename.rsplit('/', 1)[-1]})"
+            where, line = (
+                names[id(owner)],
+                f" (line {number} of {frame.f_code.co_filename.rsplit('/', 1)[-1]})",
+            )
     text = str(error).strip()
     reason = next((row.strip() for row in text.splitlines() if row.strip()), type(error).__name__)
     return f"torch.export cannot trace module '{where}'{line}: {type(error).__name__}: {reason[:400]}"
@@ -135,7 +146,9 @@ def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
             exported = torch.onnx.export(program, dynamo=True, verbose=False)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CaptureError(f"torch.onnx.export cannot translate the exported program: {(lines or ['?'])[-1][:400]}") from error
+        raise CaptureError(
+            f"torch.onnx.export cannot translate the exported program: {(lines or ['?'])[-1][:400]}"
+        ) from error
     if exported is None:
         raise CaptureError("torch.onnx.export returned no model.")
     model = exported.model
@@ -161,17 +174,24 @@ def _feeds(model: ir.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     from torch.utils import _pytree
 
     names = [value.name or "" for value in model.graph.inputs]
-    by_name = {name: value for name, value in kwargs.items() if name in names and isinstance(value, torch.Tensor)}
+    by_name = {
+        name: value for name, value in kwargs.items() if name in names and isinstance(value, torch.Tensor)
+    }
     rest = _pytree.tree_leaves((args, {name: value for name, value in kwargs.items() if name not in by_name}))
     tensors = [value for value in rest if isinstance(value, torch.Tensor)]
     free = [name for name in names if name not in by_name]
     if len(free) != len(tensors):
-        raise CaptureError(f"the captured model has inputs {names}, the example inputs hold {len(by_name) + len(tensors)} tensors.")
+        raise CaptureError(
+            f"the captured model has inputs {names}, the example inputs hold {len(by_name) + len(tensors)} "
+            "tensors."
+        )
     feeds = by_name | dict(zip(free, tensors, strict=True))
     return {name: feeds[name].detach().cpu().numpy() for name in names}
 
 
-def _outputs(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Array]:
+def _outputs(
+    program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Array]:
     import torch
     from torch.utils import _pytree
 
@@ -182,7 +202,8 @@ def _outputs(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwarg
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's prints, warnings and log records (its failures come as exceptions too); restore afterwards."""
+    """Silence the exporter's prints, warnings and log records (its failures come as exceptions too);
+    restore afterwards."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     sink = io.StringIO()

@@ -42,7 +42,8 @@ Evaluate = Callable[[Session], float]
 """The user's metric of an opened model; more is better."""
 
 _REPAIRS = 3
-"""Rounds in which layers that the runtime did not realise are put back to float; the second is already rare."""
+"""Rounds in which layers that the runtime did not realise are put back to float; the second is already
+rare."""
 
 
 def compile(
@@ -62,13 +63,17 @@ def compile(
     """Compile a model into a verified ONNX artifact that plain ONNX Runtime runs.
 
     Args:
-        model: `nn.Module` in eval mode, `ExportedProgram`, `fx.GraphModule`, path of an ``.onnx`` or artifact folder, `onnx.ModelProto` or `onnx_ir.Model`.
+        model: `nn.Module` in eval mode, `ExportedProgram`, `fx.GraphModule`, path of an ``.onnx`` or
+            artifact folder, `onnx.ModelProto` or `onnx_ir.Model`.
             It is not changed.
-        example_inputs: tuple, dict by input name, or ``(tuple, dict)``; needed for torch modules, else calibration's first batch or seeded
+        example_inputs: tuple, dict by input name, or ``(tuple, dict)``; needed for torch modules, else
+            calibration's first batch or seeded
             synthetic inputs serve. The outputs are compared on them.
-        pipeline: passes, or their text form; default `presets.int8()`. Canonical form before and legalization after it are added where they lack.
+        pipeline: passes, or their text form; default `presets.int8()`. Canonical form before and
+            legalization after it are added where they lack.
         target: where the artifact runs; default ONNX Runtime's CPU provider.
-        calibration: representative inputs: re-iterable of feeds, generator function, DataLoader, ``.npz`` path or folder.
+        calibration: representative inputs: re-iterable of feeds, generator function, DataLoader, ``.npz``
+            path or folder.
         evaluate: metric of an opened `Session`, recorded before and after.
         budget: limits on the result's cost.
         tolerance: limits on the result's deviation; default cosine 0.9.
@@ -107,7 +112,8 @@ def _complete(pipeline: Pipeline | str | None) -> Pipeline:
 
 @dataclass
 class _Build:
-    """One compilation: the pipeline runs, the runtime's own graph is read back, and what was not realised is repaired."""
+    """One compilation: the pipeline runs, the runtime's own graph is read back, and what was not realised
+    is repaired."""
 
     source: Source
     target: Target
@@ -125,7 +131,9 @@ class _Build:
     def run(self, steps: Pipeline) -> tuple[ir.Model, list[PassRecord], list[Realisation], Pipeline]:
         for _ in range(_REPAIRS):
             model = self.source.model.clone()
-            records = steps.run(model, Context(self.target, self.calibration), (*self._verifier(), *self.observers))
+            records = steps.run(
+                model, Context(self.target, self.calibration), (*self._verifier(), *self.observers)
+            )
             _check_valid(model, steps)
             if self.source.unrunnable:
                 return model, records, [], steps
@@ -136,11 +144,17 @@ class _Build:
             if self.unrealised is Unrealised.ERROR:
                 layer, kernel = next(iter(missing.items()))
                 raise PassFailedError(
-                    f"{len(missing)} low-bit layers run in no low-bit kernel; the first is '{layer}' (it runs as {kernel})", failed=str(steps)
+                    f"{len(missing)} low-bit layers run in no low-bit kernel; the first is '{layer}' (it "
+                    f"runs as {kernel})",
+                    failed=str(steps),
                 )
-            logger.info("%d layers were not realised and go back to float: %s", len(missing), ", ".join(missing))
+            logger.info(
+                "%d layers were not realised and go back to float: %s", len(missing), ", ".join(missing)
+            )
             steps = _excluding(steps, records, missing)
-        raise PassFailedError(f"layers remain unrealised after {_REPAIRS} rounds: {', '.join(missing)}", failed=str(steps))
+        raise PassFailedError(
+            f"layers remain unrealised after {_REPAIRS} rounds: {', '.join(missing)}", failed=str(steps)
+        )
 
     def _verifier(self) -> tuple[Verifier, ...]:
         if self.source.unrunnable:
@@ -160,17 +174,25 @@ def _excluding(steps: Pipeline, records: Sequence[PassRecord], missing: Mapping[
 
 
 def _check_valid(model: ir.Model, steps: Pipeline) -> None:
-    """Raise `PassFailedError` where the ONNX checker refuses the model; weights do not matter to it and are left out."""
+    """Raise `PassFailedError` where the ONNX checker refuses the model; weights do not matter to it and
+    are left out."""
     if weight_bytes(model) > 1_000_000_000:
         return  # protobuf ends at 2 GB; the session that opens next checks the same
     try:
         onnx.checker.check_model(ir.to_proto(model))
     except onnx.checker.ValidationError as error:
-        raise PassFailedError(f"the result is not valid ONNX: {str(error).splitlines()[0]}", failed=str(steps)) from error
+        raise PassFailedError(
+            f"the result is not valid ONNX: {str(error).splitlines()[0]}", failed=str(steps)
+        ) from error
 
 
 def _verify(
-    result: ir.Model, reference: Mapping[str, Any], source: Source, target: Target, limits: Tolerance, records: Sequence[PassRecord]
+    result: ir.Model,
+    reference: Mapping[str, Any],
+    source: Source,
+    target: Target,
+    limits: Tolerance,
+    records: Sequence[PassRecord],
 ) -> dict[str, Deviation]:
     """Compare the result, as deployed, with the reference, and hold it to the tolerance."""
     if source.unrunnable:
@@ -191,7 +213,9 @@ def _verify(
 
 def _blame(records: Sequence[PassRecord]) -> str:
     measured = [record for record in records if record.deviation is not None]
-    found = min(measured, key=lambda record: record.deviation.sqnr_db if record.deviation else math.inf, default=None)
+    found = min(
+        measured, key=lambda record: record.deviation.sqnr_db if record.deviation else math.inf, default=None
+    )
     return found.text if found is not None else ""
 
 
@@ -207,11 +231,15 @@ def _facts(source: Source, target: Target, calibration: Calibration | None) -> d
     }
 
 
-def _metric(evaluate: Evaluate | None, before: ir.Model, after: ir.Model, target: Target, limits: Tolerance) -> dict[str, Any]:
+def _metric(
+    evaluate: Evaluate | None, before: ir.Model, after: ir.Model, target: Target, limits: Tolerance
+) -> dict[str, Any]:
     if evaluate is None:
         return {}
     first, last = float(evaluate(Session(before, target))), float(evaluate(Session(after, target)))
     if math.isnan(first) or math.isnan(last):
-        raise VerificationError(f"evaluate returned NaN ({first} before, {last} after): check the metric function.")
+        raise VerificationError(
+            f"evaluate returned NaN ({first} before, {last} after): check the metric function."
+        )
     limits.check_metric(first, last)
     return {"metric": {"before": first, "after": last}}

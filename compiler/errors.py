@@ -12,7 +12,8 @@ __all__ = ["BudgetError", "CaptureError", "VerificationError"]
 class CaptureError(SplitfoldError):
     """A model could not be turned into an ONNX graph.
 
-    Common causes: a module with control flow that depends on data (the message names the module), example inputs that do not fit its `forward`, a
+    Common causes: a module with control flow that depends on data (the message names the module), example
+        inputs that do not fit its `forward`, a
     missing `splitfold[torch]`.
     """
 
@@ -26,7 +27,9 @@ class VerificationError(SplitfoldError):
         blame: text form of the pass after which it first was, or an empty text.
     """
 
-    def __init__(self, message: str, *, output: str = "", deviation: Deviation | None = None, blame: str = "") -> None:
+    def __init__(
+        self, message: str, *, output: str = "", deviation: Deviation | None = None, blame: str = ""
+    ) -> None:
         super().__init__(message)
         self.output = output
         self.deviation = deviation

@@ -14,7 +14,17 @@ from splitfold.passes.values import int_attribute
 
 __all__ = ["LayerFacts", "constant_bytes", "inspect_layers", "operator_counts"]
 
-_CARRIES_ON = {"Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze"}
+_CARRIES_ON = {
+    "Cast",
+    "Concat",
+    "DequantizeLinear",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
 """Operators between a stored weight and the one that computes with it."""
 _LAYERS = {
     "Attention", "Conv", "ConvInteger", "ConvTranspose", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul",
@@ -94,8 +104,8 @@ def _constants(value: ir.Value | None) -> Iterator[tuple[str, ir.TensorProtocol]
         return
     producer = value.producer()
     if producer is not None and producer.op_type in _CARRIES_ON:
-        parts = [list(_constants(operand)) for operand in producer.inputs]
-        if parts and parts[0]:
+        parts = [list(_constants(operand)) for operand in producer.inputs if operand is not None]
+        if all(parts):
             yield from (item for part in parts for item in part)
 
 

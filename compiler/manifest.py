@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: everything that is needed to say how an artifact came about, and to make it again. No times, no machine, no paths."""
+"""The manifest: everything that is needed to say how an artifact came about, and to make it again.
+
+No times, no machine, no paths.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +69,16 @@ def build_manifest(
 
 
 def _signature(value: ir.Value) -> dict[str, Any]:
-    shape = None if value.shape is None else [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-    return {"name": value.name, "dtype": value.dtype.name if value.dtype is not None else None, "shape": shape}
+    shape = (
+        None
+        if value.shape is None
+        else [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    )
+    return {
+        "name": value.name,
+        "dtype": value.dtype.name if value.dtype is not None else None,
+        "shape": shape,
+    }
 
 
 def _record(record: PassRecord) -> dict[str, Any]:
@@ -83,6 +94,8 @@ def _record(record: PassRecord) -> dict[str, Any]:
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values` with infinities as text, which JSON lacks, and ten significant digits."""
     return {
-        key: value if not isinstance(value, float) else (float(f"{value:.10g}") if math.isfinite(value) else str(value))
+        key: value
+        if not isinstance(value, float)
+        else (float(f"{value:.10g}") if math.isfinite(value) else str(value))
         for key, value in values.items()
     }

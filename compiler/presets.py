@@ -29,7 +29,8 @@ def exact() -> Pipeline:
 
 
 def int8() -> Pipeline:
-    """Return static int8 where a layer's own error allows it, dynamic int8 for the linear layers it does not, float for the rest.
+    """Return static int8 where a layer's own error allows it, dynamic int8 for the linear layers it does not,
+    float for the rest.
 
     Needs calibration data. Embedding tables are held in int8.
     """
@@ -44,15 +45,23 @@ def int8() -> Pipeline:
 
 def int8_dynamic() -> Pipeline:
     """Return dynamic int8 for linear layers and int8 embedding tables; needs no calibration data."""
-    return Pipeline.of(CanonicalizePass(), FoldScalesPass(data_free=True), QuantizeDynamicPass(), QuantizeEmbeddingsPass())
+    return Pipeline.of(
+        CanonicalizePass(), FoldScalesPass(data_free=True), QuantizeDynamicPass(), QuantizeEmbeddingsPass()
+    )
 
 
 def int4() -> Pipeline:
-    """Return 4-bit weights in blocks of 32 with zero points, and int8 embedding tables; needs no calibration data."""
+    """Return 4-bit weights in blocks of 32 with zero points, and int8 embedding tables; needs no
+    calibration data."""
     return Pipeline.of(CanonicalizePass(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass())
 
 
-PRESETS: Mapping[str, Callable[[], Pipeline]] = {"exact": exact, "int8": int8, "int8-dynamic": int8_dynamic, "int4": int4}
+PRESETS: Mapping[str, Callable[[], Pipeline]] = {
+    "exact": exact,
+    "int8": int8,
+    "int8-dynamic": int8_dynamic,
+    "int4": int4,
+}
 
 
 def preset(name: str) -> Pipeline:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel realisation: which kernel of the target really reads each low-bit weight, read from the runtime's own optimised graph."""
+"""Kernel realisation: which kernel of the target really reads each low-bit weight, read from the runtime's
+own optimised graph."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def read_realisation(model: ir.Model, records: Iterable[PassRecord], target: Tar
     Raises:
         SessionError: the runtime refuses the model.
     """
-    carried = [(layer, weight) for record in records for layer, names in record.carried.items() for weight in names]
+    carried = [
+        (layer, weight) for record in records for layer, names in record.carried.items() for weight in names
+    ]
     if not carried:
         return []
     optimized = optimized_graph(model, target)
@@ -73,12 +76,18 @@ def _readers(model: ir.Model) -> dict[str, str]:
 
 
 def _outputs_by_weight(model: ir.Model) -> dict[str, tuple[str, ...]]:
-    """Return, by weight name, the outputs of the operator that computes with it, through a DequantizeLinear."""
+    """Return, by weight name, the outputs of the operator that computes with it, through a
+    DequantizeLinear."""
     found: dict[str, tuple[str, ...]] = {}
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             nodes = [use.node for use in value.uses()]
-            through = [use.node for node in nodes if node.op_type == "DequantizeLinear" for use in node.outputs[0].uses()]
+            through = [
+                use.node
+                for node in nodes
+                if node.op_type == "DequantizeLinear"
+                for use in node.outputs[0].uses()
+            ]
             found[name] = tuple(output.name or "" for node in through or nodes for output in node.outputs)
     return found
 

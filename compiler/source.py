@@ -28,7 +28,8 @@ _SIZES = (8, 1, 32, 512, 224)
 
 
 _CAPTURE_LIMIT = 1e-2
-"""Relative L2 distance of the captured graph's outputs from torch's: far beyond float32, reached by float16 models."""
+"""Relative L2 distance of the captured graph's outputs from torch's: far beyond float32, reached by
+float16 models."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Source:
         path: the file it was read from, or None.
         synthetic: whether `feeds` were made up.
         calibration: the user's data under the model's input names, or None.
-        unrunnable: why the model cannot be run here and so not be verified (custom operators); empty where it can.
+        unrunnable: why the model cannot be run here and so not be verified (custom operators); empty
+            where it can.
     """
 
     model: ir.Model
@@ -55,7 +57,8 @@ class Source:
 def load_source(
     model: object, example_inputs: object, dynamic_shapes: object, calibration: object, target: Target
 ) -> Source:
-    """Return the model as ONNX IR, with example feeds: the user's, else calibration's first batch, else seeded synthetic ones.
+    """Return the model as ONNX IR, with example feeds: the user's, else calibration's first batch, else
+    seeded synthetic ones.
 
     Raises:
         CaptureError: the model is nothing that can be compiled, or its weights hold NaN or infinity.
@@ -85,16 +88,20 @@ def _check_captured(captured: Captured, target: Target) -> None:
         return  # torch also returned values that are no outputs of the graph, such as constants
     for (name, actual), expected in zip(outputs.items(), captured.outputs, strict=True):
         if expected.shape != actual.shape:
-            raise CaptureError(f"the captured graph gives '{name}' the shape {actual.shape}, torch gives {expected.shape}.")
+            raise CaptureError(
+                f"the captured graph gives '{name}' the shape {actual.shape}, torch gives {expected.shape}."
+            )
         found = deviation([expected], [actual])
         if found.relative > _CAPTURE_LIMIT:
             raise CaptureError(
-                f"the captured graph is not the torch model: output '{name}' is off by {found.relative:.2g} of its norm ({found})."
+                f"the captured graph is not the torch model: output '{name}' is off by "
+                f"{found.relative:.2g} of its norm ({found})."
             )
 
 
 def unrunnable_reason(model: ir.Model, target: Target) -> str:
-    """Return which custom operators keep the runtime from opening `model`; empty where it opens, or has none."""
+    """Return which custom operators keep the runtime from opening `model`; empty where it opens, or has
+    none."""
     custom = sorted(
         {
             f"{node.domain}::{node.op_type}"
@@ -113,7 +120,8 @@ def unrunnable_reason(model: ir.Model, target: Target) -> str:
 
 
 def _calibration(model: ir.Model, calibration: object) -> Calibration | None:
-    """Return the user's data with batches named and cut as `model` wants them; the first one is checked here, early."""
+    """Return the user's data with batches named and cut as `model` wants them; the first one is checked
+    here, early."""
     if calibration is None:
         return None
     names = tuple(value.name or "" for value in model_inputs(model))
@@ -131,24 +139,35 @@ def _read(model: object) -> tuple[ir.Model, Path | None]:
         file = model_path(model)
         return read_model(file), file
     raise CaptureError(
-        f"cannot compile a {type(model).__name__}: pass an nn.Module, ExportedProgram, path, onnx.ModelProto, onnx_ir.Model or artifact folder."
+        f"cannot compile a {type(model).__name__}: pass an nn.Module, ExportedProgram, path, "
+        "onnx.ModelProto, onnx_ir.Model or artifact folder."
     )
 
 
 def check_finite(model: ir.Model) -> None:
-    """Raise `CaptureError` for the first weight matrix that holds NaN or infinity (a scalar -inf is a legitimate mask)."""
+    """Raise `CaptureError` for the first weight matrix that holds NaN or infinity (a scalar -inf is a
+    legitimate mask)."""
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value
-            if tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE) or tensor.size < 2:
+            if (
+                tensor is None
+                or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+                or tensor.size < 2
+            ):
                 continue
             array = tensor.numpy()
             if np.isnan(array).any() or (np.isinf(array).any() and _is_weight(value)):
-                raise CaptureError(f"weight '{name}' holds NaN or infinity: the model is damaged (a diverged training?).")
+                raise CaptureError(
+                    f"weight '{name}' holds NaN or infinity: the model is damaged (a diverged training?)."
+                )
 
 
 def _is_weight(value: ir.Value) -> bool:
-    return any(use.node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose", "BatchNormalization") for use in value.uses())
+    return any(
+        use.node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose", "BatchNormalization")
+        for use in value.uses()
+    )
 
 
 def _named(model: ir.Model, example_inputs: object) -> Feeds:
@@ -184,7 +203,9 @@ def runnable_feeds(model: ir.Model, target: Target) -> Feeds:
             last = str(error)
             continue
         return feeds
-    raise UnsupportedError(f"the model does not run on synthetic inputs: pass example inputs (--inputs). {last}")
+    raise UnsupportedError(
+        f"the model does not run on synthetic inputs: pass example inputs (--inputs). {last}"
+    )
 
 
 def _candidates(model: ir.Model) -> Iterator[Feeds]:

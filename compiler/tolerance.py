@@ -59,7 +59,9 @@ class Tolerance:
         for item in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = (word.strip() for word in item.partition("="))
             if name not in _NAMES:
-                raise SpecError(f"unknown limit '{name}'.{did_you_mean(name, _NAMES)} Known: {', '.join(_NAMES)}.")
+                raise SpecError(
+                    f"unknown limit '{name}'.{did_you_mean(name, _NAMES)} Known: {', '.join(_NAMES)}."
+                )
             limits[_NAMES[name]] = _limit(name, value)
         return Tolerance(**limits)
 
@@ -69,8 +71,10 @@ class Tolerance:
         for output, found in ranked:
             if broken := self._broken(found):
                 raise VerificationError(
-                    f"output '{output}' is further from the reference than the tolerance allows: {broken} ({found}). "
-                    f"The pass with the largest deviation: {blame or 'none'}. Exclude layers, choose another preset, or widen the tolerance.",
+                    f"output '{output}' is further from the reference than the tolerance allows: {broken} "
+                    f"({found}). "
+                    f"The pass with the largest deviation: {blame or 'none'}. Exclude layers, choose "
+                    "another preset, or widen the tolerance.",
                     output=output,
                     deviation=found,
                     blame=blame,
@@ -91,7 +95,8 @@ class Tolerance:
         """Raise `VerificationError` where the user's metric fell by more than `metric_drop`."""
         if self.metric_drop is not None and not before - after <= self.metric_drop:
             raise VerificationError(
-                f"the metric fell from {before:.6g} to {after:.6g}, by more than metric_drop = {self.metric_drop:g}."
+                f"the metric fell from {before:.6g} to {after:.6g}, by more than metric_drop = "
+                f"{self.metric_drop:g}."
             )
 
 
@@ -108,7 +113,9 @@ class Budget:
     def check(self, size: int) -> None:
         """Raise `BudgetError` where `size` (bytes) is over the budget."""
         if self.megabytes is not None and size > self.megabytes * 1e6:
-            raise BudgetError(f"the result has {size / 1e6:.2f} MB of weights, over the budget of {self.megabytes:g} MB.")
+            raise BudgetError(
+                f"the result has {size / 1e6:.2f} MB of weights, over the budget of {self.megabytes:g} MB."
+            )
 
 
 def worst_text(deviations: Mapping[str, Deviation]) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification: exact passes are held to it, lossy ones are measured, and the end result is compared with the reference."""
+"""Verification: exact passes are held to it, lossy ones are measured, and the end result is compared with
+the reference."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ Outputs = Mapping[str, Array]
 
 
 class Verifier:
-    """Observer that runs the model after every pass, the runtime's optimisations off, and compares its outputs with those before.
+    """Observer that runs the model after every pass, the runtime's optimisations off, and compares its
+    outputs with those before.
 
     Args:
         model: the model before the first pass.
@@ -83,14 +85,17 @@ class Verifier:
         try:
             return self._run(model)
         except SessionError as error:
-            raise PassFailedError(f"the model does not run any more: {error}", failed=str(step), before=tuple(self._done)) from error
+            raise PassFailedError(
+                f"the model does not run any more: {error}", failed=str(step), before=tuple(self._done)
+            ) from error
 
     def _check_exact(self, step: Pass, now: Outputs) -> None:
         for (name, before), after in zip(self._last.items(), now.values(), strict=True):
             found = exactness(before, after, rtol=_RTOL.get(before.dtype.str[1:], 1e-4))
             if found.excess > 1:
                 raise PassFailedError(
-                    f"it promises the same outputs, but '{name}' moved by up to {found.max_abs:.3g}, {found.excess:.3g} times what re-association explains",
+                    f"it promises the same outputs, but '{name}' moved by up to {found.max_abs:.3g}, "
+                    f"{found.excess:.3g} times what re-association explains",
                     failed=str(step),
                     before=tuple(self._done),
                 )
@@ -99,7 +104,9 @@ class Verifier:
         name = first_non_finite(now)
         if name is not None and first_non_finite(self._last) is None:
             where = name_non_finite(model, self._feeds, self._target)
-            raise VerificationError(f"after {step} output '{name}' holds NaN or infinity; {where}.", output=name, blame=str(step))
+            raise VerificationError(
+                f"after {step} output '{name}' holds NaN or infinity; {where}.", output=name, blame=str(step)
+            )
 
 
 def compare_outputs(reference: Outputs, actual: Outputs) -> dict[str, Deviation]:

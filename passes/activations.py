@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analysis: the distribution of activations over calibration data, streamed; memory does not grow with the data."""
+"""Analysis: the distribution of activations over calibration data, streamed; memory does not grow with the
+data."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ class _Running:
         if not self.count:
             return ActivationStats(0.0, 0.0, 0.0, 0.0, 0.0, self.finite, 0)
         rms = float(np.sqrt(self.squares / self.count))
-        return ActivationStats(self.low, self.high, self.average_low, self.average_high, rms, self.finite, self.count)
+        return ActivationStats(
+            self.low, self.high, self.average_low, self.average_high, rms, self.finite, self.count
+        )
 
 
 def required_calibration(calibration: Calibration | None, pass_name: str, model: ir.Model) -> Calibration:
@@ -66,14 +69,20 @@ def required_calibration(calibration: Calibration | None, pass_name: str, model:
     """
     if calibration is None:
         raise CalibrationError(
-            f"{pass_name} needs calibration data: pass calibration=... (a list of feeds, a generator function, an .npz path), "
+            f"{pass_name} needs calibration data: pass calibration=... (a list of feeds, a generator "
+            "function, an .npz path), "
             "or --calibration DATA; a hundred typical inputs are enough."
         )
     return calibration.checked(model)
 
 
 def activation_stats(
-    model: ir.Model, values: Iterable[str], calibration: Calibration, target: Target, *, histograms: bool = False
+    model: ir.Model,
+    values: Iterable[str],
+    calibration: Calibration,
+    target: Target,
+    *,
+    histograms: bool = False,
 ) -> dict[str, ActivationStats]:
     """Run the float model over the calibration data and return the statistics of the named values.
 
@@ -98,10 +107,14 @@ def activation_stats(
     return _with_histograms(session, calibration, stats) if histograms else stats
 
 
-def _walk(session: Session, calibration: Calibration, names: Sequence[str], use: Callable[[str, Array], None]) -> int:
+def _walk(
+    session: Session, calibration: Calibration, names: Sequence[str], use: Callable[[str, Array], None]
+) -> int:
     batches = 0
     for feeds in calibration:
-        results = session.run(feeds, names) | {name: np.asarray(feeds[name]) for name in names if name in feeds}
+        results = session.run(feeds, names) | {
+            name: np.asarray(feeds[name]) for name in names if name in feeds
+        }
         for name in names:
             use(name, results[name])
         batches += 1
@@ -131,7 +144,8 @@ def _with_histograms(
 def channel_extremes(
     model: ir.Model, values: Iterable[str], calibration: Calibration, target: Target
 ) -> dict[str, tuple[Array, Array]]:
-    """Return, for each named value, the lowest and highest element of every channel of its last axis (two float32 [channels]).
+    """Return, for each named value, the lowest and highest element of every channel of its last axis (two
+    float32 [channels]).
 
     Raises:
         CalibrationError: a batch does not fit, or the data is empty.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Affine quantization: x is held as codes q with x = (q - zero point) * scale. Round half to even, as ONNX does."""
+"""Affine quantization: x is held as codes q with x = (q - zero point) * scale.
+
+Round half to even, as ONNX does.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,17 @@ class ActivationGrid:
     def round_trip(self, values: Array) -> Array:
         """Return `values` (float) as QuantizeLinear and DequantizeLinear give them back, in float32."""
         kind = np.iinfo(self.zero_point.dtype)
-        codes = np.clip(np.rint(values.astype(np.float32) / self.scale) + float(self.zero_point), kind.min, kind.max)
-        return ((codes - float(self.zero_point)) * self.scale).astype(np.float32)
+        codes = np.clip(
+            np.rint(values.astype(np.float32) / self.scale) + float(self.zero_point), kind.min, kind.max
+        )
+        return np.asarray((codes - float(self.zero_point)) * self.scale, np.float32)
 
 
 def activation_grid(low: float, high: float, *, symmetric: bool = False) -> ActivationGrid:
     """Return the 8-bit grid for values in [low, high].
 
-    Asymmetric: uint8 0..255, the interval widened to hold zero (ONNX needs an exact zero for padding). Symmetric: uint8 with zero point 128,
+    Asymmetric: uint8 0..255, the interval widened to hold zero (ONNX needs an exact zero for padding).
+        Symmetric: uint8 with zero point 128,
     which is int8 shifted: the fast kernels want unsigned activations.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
@@ -97,14 +103,18 @@ class BlockQuantized:
     columns: int
 
 
-def quantize_blocks(matrix: Array, *, bits: int, block: int, symmetric: bool, levels: int | None = None) -> BlockQuantized:
-    """Round [n, k] to the nearest codes, one scale (and zero point) for each `block` consecutive columns of a row.
+def quantize_blocks(
+    matrix: Array, *, bits: int, block: int, symmetric: bool, levels: int | None = None
+) -> BlockQuantized:
+    """Round [n, k] to the nearest codes, one scale (and zero point) for each `block` consecutive columns of a
+    row.
 
     Args:
         matrix: float [n, k]; k is padded to a multiple of `block`.
         bits: width of a stored code, 2, 4 or 8.
         block: columns that share a scale.
-        symmetric: one fixed zero point 2**(bits-1); else the block's own range (widened to hold zero) gives it.
+        symmetric: one fixed zero point 2**(bits-1); else the block's own range (widened to hold zero)
+            gives it.
         levels: number of distinct codes, at most 2**bits; 8 codes in 4 bits is a 3-bit weight.
     """
     n, k = matrix.shape
@@ -126,7 +136,8 @@ def quantize_blocks(matrix: Array, *, bits: int, block: int, symmetric: bool, le
 
 
 def _symmetric_grid(x: Array, count: int) -> Array:
-    """Return scales that map the element of largest magnitude to the code -count/2 exactly, whatever its sign.
+    """Return scales that map the element of largest magnitude to the code -count/2 exactly, whatever its
+    sign.
 
     The signed scale uses all `count` codes, as the grid has one more on the negative side.
     """
@@ -146,20 +157,27 @@ def _asymmetric_grid(x: Array, count: int) -> tuple[Array, Array]:
 
 def dequantize_blocks(quantized: BlockQuantized) -> Array:
     """Return float32 [n, columns]: (code - zero point) * scale."""
-    zero = quantized.zero_points if quantized.zero_points is not None else np.full_like(quantized.scales, 2 ** (quantized.bits - 1))
-    x = (quantized.codes.astype(np.float32) - zero.astype(np.float32)[..., None]) * quantized.scales[..., None]
+    zero = (
+        quantized.zero_points
+        if quantized.zero_points is not None
+        else np.full_like(quantized.scales, 2 ** (quantized.bits - 1))
+    )
+    x = (quantized.codes.astype(np.float32) - zero.astype(np.float32)[..., None]) * quantized.scales[
+        ..., None
+    ]
     return x.reshape(x.shape[0], -1)[:, : quantized.columns].astype(np.float32)
 
 
 def pack_codes(codes: Array, bits: int) -> Array:
-    """Pack the last axis of uint8 codes, the first code in the lowest bits; an incomplete byte is filled with zero."""
+    """Pack the last axis of uint8 codes, the first code in the lowest bits; an incomplete byte is filled
+    with zero."""
     per_byte = 8 // bits
     length = codes.shape[-1]
     padded = np.zeros((*codes.shape[:-1], -(-length // per_byte) * per_byte), np.uint8)
     padded[..., :length] = codes
     parts = padded.reshape(*codes.shape[:-1], -1, per_byte)
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
-    return np.bitwise_or.reduce(parts << shifts, axis=-1).astype(np.uint8)
+    return np.asarray(np.bitwise_or.reduce(parts << shifts, axis=-1), np.uint8)
 
 
 def unpack_codes(packed: Array, bits: int, length: int) -> Array:
@@ -167,4 +185,4 @@ def unpack_codes(packed: Array, bits: int, length: int) -> Array:
     per_byte = 8 // bits
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
     parts = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
-    return parts.reshape(*packed.shape[:-1], -1)[..., :length].astype(np.uint8)
+    return np.asarray(parts.reshape(*packed.shape[:-1], -1)[..., :length], np.uint8)

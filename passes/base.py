@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass is: a frozen dataclass over `onnx_ir.passes.InPlacePass` whose fields are its options, and that says what it did."""
+"""What a pass is: a frozen dataclass over `onnx_ir.passes.InPlacePass` whose fields are its options, and
+that says what it did."""
 
 from __future__ import annotations
 
@@ -97,8 +98,10 @@ class Outcome(ir.passes.PassResult):
 class Pass(ir.passes.InPlacePass, abc.ABC):
     """A graph rewrite.
 
-    A concrete pass declares its `name` (text form, ``verb-noun``), its `contract`, its options as fields, and `rewrite`. It may assume a
-    valid model and must leave a valid one, keeps no state between calls, is idempotent, and reports `modified` truthfully.
+    A concrete pass declares its `name` (text form, ``verb-noun``), its `contract`, its options as fields, and
+    `rewrite`. It may assume a
+    valid model and must leave a valid one, keeps no state between calls, is idempotent, and reports
+    `modified` truthfully.
     """
 
     name: ClassVar[str]
@@ -107,7 +110,8 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
-        """Change `model` in place, record what was done in `findings`, and return whether anything changed."""
+        """Change `model` in place, record what was done in `findings`, and return whether anything
+        changed."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Run without calibration data, for the CPU target; see `run`."""
@@ -127,14 +131,19 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
         return Outcome(model, modified, findings)
 
     def _check_required(self, findings: Findings) -> None:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in findings.skipped[:5]) or "no candidate was found"
+        reasons = (
+            "; ".join(f"{layer}: {reason}" for layer, reason in findings.skipped[:5])
+            or "no candidate was found"
+        )
         if self.require is Require.SOME and not findings.applied:
             raise PassFailedError(f"nothing was applied ({reasons})", failed=str(self))
         if self.require is Require.ALL and (findings.skipped or not findings.applied):
-            raise PassFailedError(f"{len(findings.skipped)} candidates were skipped ({reasons})", failed=str(self))
+            raise PassFailedError(
+                f"{len(findings.skipped)} candidates were skipped ({reasons})", failed=str(self)
+            )
 
     def __str__(self) -> str:
-        from splitfold.passes.spec import pass_text  # noqa: PLC0415 - the text form needs this class
+        from splitfold.passes.spec import pass_text
 
         return pass_text(self)
 

@@ -13,7 +13,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from splitfold.passes.base import Context, Contract, Findings, Pass
-from splitfold.runtime.digest import structure_digest
 from splitfold.passes.fold_batchnorm import fold_batchnorm
 from splitfold.passes.fold_constants import fold_constants
 from splitfold.passes.identity import inherit_missing, mark_call, name_layers
@@ -21,6 +20,7 @@ from splitfold.passes.opset import default_opset, raise_opset
 from splitfold.passes.shapes import infer_shapes
 from splitfold.passes.turn_gemm import turn_gemms
 from splitfold.passes.values import constant, forget_names, import_domains, int_attribute
+from splitfold.runtime.digest import structure_digest
 
 __all__ = ["CanonicalizePass"]
 
@@ -34,9 +34,12 @@ _OLDEST_IR = 4
 class CanonicalizePass(Pass):
     """Bring a model into canonical form, exactly.
 
-    Functions are inlined, Constant nodes and constant subexpressions become initializers, initializers are constants (not inputs with a
-    default), names are unique, Identity and inactive Dropout are gone, BatchNormalization is folded into the layer before it, a Gemm's weight is [K, N],
-    shapes are inferred, dead code is removed, and every node carries its layer's name. Looks into subgraphs. Q/DQ that are there are left alone.
+    Functions are inlined, Constant nodes and constant subexpressions become initializers, initializers are
+    constants (not inputs with a
+    default), names are unique, Identity and inactive Dropout are gone, BatchNormalization is folded into the
+    layer before it, a Gemm's weight is [K, N],
+    shapes are inferred, dead code is removed, and every node carries its layer's name. Looks into subgraphs.
+    Q/DQ that are there are left alone.
 
     Before::
 
@@ -95,7 +98,9 @@ def _raise_opset(model: ir.Model, findings: Findings) -> None:
 
 
 def _lift_constants(model: ir.Model, findings: Findings) -> None:
-    count = sum(node.op_type == "Constant" and node.domain in ("", "ai.onnx") for node in model.graph.all_nodes())
+    count = sum(
+        node.op_type == "Constant" and node.domain in ("", "ai.onnx") for node in model.graph.all_nodes()
+    )
     if common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified:
         findings.apply("model", f"Constant nodes made initializers: {count}")
 
@@ -110,7 +115,9 @@ def _drop_overridable(model: ir.Model, findings: Findings) -> None:
     names = [value.name for value in model.graph.inputs if value.name in model.graph.initializers]
     if names:
         common.RemoveInitializersFromInputsPass()(model)
-        findings.notes.append(f"{len(names)} initializers were also graph inputs ({names[0]}, ...): they are constants now")
+        findings.notes.append(
+            f"{len(names)} initializers were also graph inputs ({names[0]}, ...): they are constants now"
+        )
 
 
 def _drop_identities(model: ir.Model) -> int:
@@ -124,7 +131,11 @@ def _is_identity(node: ir.Node) -> bool:
     if node.op_type == "Dropout":
         training = node.inputs[2] if len(node.inputs) > 2 else None
         mask_used = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
-        return not mask_used and (training is None or _is_false(training)) and int_attribute(node, "is_test", 1) == 1
+        return (
+            not mask_used
+            and (training is None or _is_false(training))
+            and int_attribute(node, "is_test", 1) == 1
+        )
     return node.op_type == "Identity"
 
 
@@ -163,7 +174,7 @@ def _infer_shapes(model: ir.Model) -> int:
 
 def _clean(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a layer is carried in low precision: functions that emit the low-bit form of a layer before it and return its output."""
+"""How a layer is carried in low precision: functions that emit the low-bit form of a layer before it and
+return its output."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.values import add_initializer, emit
 from splitfold.runtime.feeds import Array
 
-__all__ = ["Carried", "QuantizedInput", "carry_blocks", "carry_blocks_qdq", "carry_dynamic", "carry_static", "fake_quantize"]
+__all__ = [
+    "Carried",
+    "QuantizedInput",
+    "carry_blocks",
+    "carry_blocks_qdq",
+    "carry_dynamic",
+    "carry_static",
+    "fake_quantize",
+]
 
 _BIAS_LIMIT = 2.0**31 - 2**8
 """Largest magnitude of an int32 bias code, with room for the rounding of float32."""
@@ -36,22 +45,28 @@ class QuantizedInput:
 
 
 def _graph(layer: Layer) -> ir.Graph:
-    """Return the graph that holds the layer's weight: its low-bit form stands there too, so that layers in subgraphs share it."""
+    """Return the graph that holds the layer's weight: its low-bit form stands there too, so that layers in
+    subgraphs share it."""
     graph = layer.weight.graph or layer.node.graph
     if graph is None:
         raise ValueError(f"{layer.name} is in no graph")
     return graph
 
 
-def fake_quantize(value: ir.Value, grid: ActivationGrid, at: ir.Node, *, after: bool = False) -> QuantizedInput:
-    """Emit QuantizeLinear and DequantizeLinear of `value` before (or after) the node `at`, whose layers they inherit."""
+def fake_quantize(
+    value: ir.Value, grid: ActivationGrid, at: ir.Node, *, after: bool = False
+) -> QuantizedInput:
+    """Emit QuantizeLinear and DequantizeLinear of `value` before (or after) the node `at`, whose layers
+    they inherit."""
     graph = at.graph
     if graph is None:
         raise ValueError(f"{at.name} is in no graph")
     scale = add_initializer(graph, f"{value.name}_scale", np.array(grid.scale))
     zero = add_initializer(graph, f"{value.name}_zero_point", np.array(grid.zero_point))
     kind = ir.DataType.UINT8 if grid.zero_point.dtype == np.uint8 else ir.DataType.INT8
-    codes = emit(at, "QuantizeLinear", [value, scale, zero], names=[f"{value.name}_quantized"], like=value, dtype=kind)
+    codes = emit(
+        at, "QuantizeLinear", [value, scale, zero], names=[f"{value.name}_quantized"], like=value, dtype=kind
+    )
     back = emit(at, "DequantizeLinear", [codes, scale, zero], names=[f"{value.name}_dequantized"], like=value)
     if after:
         made = [node for node in (codes.producer(), back.producer()) if node is not None]
@@ -61,9 +76,11 @@ def fake_quantize(value: ir.Value, grid: ActivationGrid, at: ir.Node, *, after: 
 
 
 def carry_static(layer: Layer, data: QuantizedInput, *, levels: int) -> Carried:
-    """Emit the layer with int8 weights per channel behind DequantizeLinear, reading the quantized input `data`.
+    """Emit the layer with int8 weights per channel behind DequantizeLinear, reading the quantized input
+    `data`.
 
-    A Conv's or Gemm's bias becomes int32 with scale = input scale x weight scale; a channel whose bias would not fit in int32 gets a coarser scale.
+    A Conv's or Gemm's bias becomes int32 with scale = input scale x weight scale; a channel whose bias would
+    not fit in int32 gets a coarser scale.
     """
     codes, scales = quantize_weight(layer.weight_array(), layer.channel_axis, levels=levels)
     if layer.bias is not None and layer.bias.const_value is not None:
@@ -133,9 +150,11 @@ def _dequantized_bias(layer: Layer, scales: Array, input_scale: np.float32) -> i
 
 
 def carry_dynamic(layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], *, levels: int) -> Carried:
-    """Emit x W as MatMulInteger with int8 weights per column, `quantized` being the outputs of DynamicQuantizeLinear(x).
+    """Emit x W as MatMulInteger with int8 weights per column, `quantized` being the outputs of
+    DynamicQuantizeLinear(x).
 
-    y = MatMulInteger(q, W, zx) * (sx * sw) [+ bias]: the runtime fuses this to DynamicQuantizeMatMul or MatMulIntegerToFloat.
+    y = MatMulInteger(q, W, zx) * (sx * sw) [+ bias]: the runtime fuses this to DynamicQuantizeMatMul or
+    MatMulIntegerToFloat.
     """
     graph = _graph(layer)
     codes, scales = quantize_weight(layer.weight_array(), 1, levels=levels)
@@ -146,9 +165,21 @@ def carry_dynamic(layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], 
     out = layer.output
     base = out.name
     whole = emit(
-        layer.node, "MatMulInteger", [data, held, data_zero, zero], names=[f"{base}_sum"], like=out, dtype=ir.DataType.INT32
+        layer.node,
+        "MatMulInteger",
+        [data, held, data_zero, zero],
+        names=[f"{base}_sum"],
+        like=out,
+        dtype=ir.DataType.INT32,
     )
-    real = emit(layer.node, "Cast", [whole], attributes={"to": ir.DataType.FLOAT.value}, names=[f"{base}_cast"], like=out)
+    real = emit(
+        layer.node,
+        "Cast",
+        [whole],
+        attributes={"to": ir.DataType.FLOAT.value},
+        names=[f"{base}_cast"],
+        like=out,
+    )
     step = emit(layer.node, "Mul", [data_scale, scale], names=[f"{base}_step"], dtype=ir.DataType.FLOAT)
     result = emit(layer.node, "Mul", [real, step], names=[f"{base}_product"], like=out)
     if layer.bias is not None:
@@ -157,14 +188,19 @@ def carry_dynamic(layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], 
 
 
 def carry_blocks(layer: Layer, quantized: BlockQuantized, *, block: int, accuracy_level: int) -> Carried:
-    """Emit x W as com.microsoft::MatMulNBits, `quantized` holding the rows of W transposed; any K is allowed."""
+    """Emit x W as com.microsoft::MatMulNBits, `quantized` holding the rows of W transposed; any K is
+    allowed."""
     graph = _graph(layer)
     rows, columns = quantized.codes.shape[0], quantized.columns
-    packed = add_initializer(graph, f"{layer.weight.name}_int{quantized.bits}", pack_codes(quantized.codes, quantized.bits))
+    packed = add_initializer(
+        graph, f"{layer.weight.name}_int{quantized.bits}", pack_codes(quantized.codes, quantized.bits)
+    )
     scales = add_initializer(graph, f"{layer.weight.name}_scales", quantized.scales)
     zeros = None
     if quantized.zero_points is not None:
-        zeros = add_initializer(graph, f"{layer.weight.name}_zero_points", pack_codes(quantized.zero_points, quantized.bits))
+        zeros = add_initializer(
+            graph, f"{layer.weight.name}_zero_points", pack_codes(quantized.zero_points, quantized.bits)
+        )
     inputs: list[ir.Value | None] = [layer.input, packed, scales]
     bias = layer.bias if layer.kind is LayerKind.GEMM else None
     inputs += [zeros] if zeros is not None else []
@@ -174,29 +210,46 @@ def carry_blocks(layer: Layer, quantized: BlockQuantized, *, block: int, accurac
         inputs,
         domain="com.microsoft",
         attributes={
-            "K": columns, "N": rows, "bits": quantized.bits, "block_size": block, "accuracy_level": accuracy_level,
+            "K": columns,
+            "N": rows,
+            "bits": quantized.bits,
+            "block_size": block,
+            "accuracy_level": accuracy_level,
         },
         names=[f"{layer.output.name}_int{quantized.bits}"],
         like=layer.output,
     )
     if bias is not None:
-        output = emit(layer.node, "Add", [output, bias], names=[f"{layer.output.name}_biased"], like=layer.output)
+        output = emit(
+            layer.node, "Add", [output, bias], names=[f"{layer.output.name}_biased"], like=layer.output
+        )
     return Carried(output, packed.name or "")
 
 
 def carry_blocks_qdq(layer: Layer, quantized: BlockQuantized, *, block: int) -> Carried:
-    """Emit the layer behind a blocked DequantizeLinear (opset 21) over axis 0 of its [K, N] weight; K is a multiple of `block`."""
-    graph = _graph(layer)
+    """Emit the layer behind a blocked DequantizeLinear (opset 21) over axis 0 of its [K, N] weight; K is a
+    multiple of `block`."""
+    graph = layer.node.graph  # the runtime fails on a DequantizeLinear whose weight stands in another graph
+    if graph is None:
+        raise ValueError(f"{layer.name} is in no graph")
     half = 2 ** (quantized.bits - 1)
     codes = quantized.codes.reshape(quantized.codes.shape[0], -1).T
     if quantized.zero_points is None:
-        kind, codes = (ir.DataType.INT4 if quantized.bits == 4 else ir.DataType.INT8), codes.astype(np.int16) - half
+        kind, codes = (
+            (ir.DataType.INT4 if quantized.bits == 4 else ir.DataType.INT8),
+            codes.astype(np.int16) - half,
+        )
     else:
         kind = ir.DataType.UINT4 if quantized.bits == 4 else ir.DataType.UINT8
     held = add_initializer(graph, f"{layer.weight.name}_int{quantized.bits}", _typed(codes, kind))
-    inputs: list[ir.Value | None] = [held, add_initializer(graph, f"{layer.weight.name}_scales", np.ascontiguousarray(quantized.scales.T))]
+    inputs: list[ir.Value | None] = [
+        held,
+        add_initializer(graph, f"{layer.weight.name}_scales", np.ascontiguousarray(quantized.scales.T)),
+    ]
     if quantized.zero_points is not None:
-        inputs.append(add_initializer(graph, f"{layer.weight.name}_zero_points", _typed(quantized.zero_points.T, kind)))
+        inputs.append(
+            add_initializer(graph, f"{layer.weight.name}_zero_points", _typed(quantized.zero_points.T, kind))
+        )
     weight = emit(
         layer.node,
         "DequantizeLinear",

@@ -11,13 +11,15 @@ __all__ = ["PassFailedError", "SpecError"]
 class SpecError(SplitfoldError):
     """A pipeline text, preset, option or layer pattern that splitfold does not understand.
 
-    Common causes: a misspelt pass or option (the message suggests the nearest), a value of the wrong type, an `exclude`
+    Common causes: a misspelt pass or option (the message suggests the nearest), a value of the wrong
+        type, an `exclude`
     pattern that matches no layer.
     """
 
 
 class PassFailedError(SplitfoldError):
-    """A pass raised, left an invalid model, changed outputs it promised to keep, or applied nothing where that was required.
+    """A pass raised, left an invalid model, changed outputs it promised to keep, or applied nothing where
+    that was required.
 
     Attributes:
         failed: text form of the pass.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fold BatchNormalization into the Conv, Gemm or MatMul before it.
 
-In inference BN(y) = a y + c per channel, with a = gamma / sqrt(var + eps) and c = beta - a mean; so BN(x W + b) = x (W a) + (a b + c).
+In inference BN(y) = a y + c per channel, with a = gamma / sqrt(var + eps) and c = beta - a mean; so BN(x W +
+b) = x (W a) + (a b + c).
 """
 
 from __future__ import annotations
@@ -10,15 +11,29 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.passes.identity import inherit
-from splitfold.passes.values import add_initializer, constant, emit, float_attribute, int_attribute, replace_value, sole_consumer
+from splitfold.passes.values import (
+    add_initializer,
+    constant,
+    emit,
+    float_attribute,
+    int_attribute,
+    replace_value,
+    sole_consumer,
+)
 from splitfold.runtime.feeds import Array
 
 __all__ = ["fold_batchnorm"]
 
 
 def fold_batchnorm(model: ir.Model) -> int:
-    """Fold where the layer's output feeds only the BatchNormalization and all parameters are constant; return how many."""
-    return sum(_fold(norm) for graph in model.graphs() for norm in list(graph) if norm.op_type == "BatchNormalization")
+    """Fold where the layer's output feeds only the BatchNormalization and all parameters are constant;
+    return how many."""
+    return sum(
+        _fold(norm)
+        for graph in model.graphs()
+        for norm in list(graph)
+        if norm.op_type == "BatchNormalization"
+    )
 
 
 def _fold(norm: ir.Node) -> bool:
@@ -34,9 +49,17 @@ def _fold(norm: ir.Node) -> bool:
 
 
 def _foldable(layer: ir.Node, norm: ir.Node) -> bool:
-    if layer.domain != "" or layer.op_type not in ("Conv", "Gemm", "MatMul") or sole_consumer(layer.outputs[0]) is not norm:
+    if (
+        layer.domain != ""
+        or layer.op_type not in ("Conv", "Gemm", "MatMul")
+        or sole_consumer(layer.outputs[0]) is not norm
+    ):
         return False
-    if layer.graph is not norm.graph or int_attribute(norm, "training_mode", 0) or any(o.uses() for o in norm.outputs[1:]):
+    if (
+        layer.graph is not norm.graph
+        or int_attribute(norm, "training_mode", 0)
+        or any(o.uses() for o in norm.outputs[1:])
+    ):
         return False
     if any(constant(value) is None for value in (*norm.inputs[1:5], *layer.inputs[1:]) if value is not None):
         return False

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fold nodes whose inputs are all constant, evaluated by the runtime itself, so that the values are those it would compute."""
+"""Fold nodes whose inputs are all constant, evaluated by the runtime itself, so that the values are those
+it would compute."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ __all__ = ["fold_constants"]
 
 logger = logging.getLogger(__name__)
 
-_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Dropout"}
+_RANDOM = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Dropout",
+}
 _QUANTIZED = {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear"}
 _SMALL_BYTES = 64 * 1024
 """A folded result may be this large even where its inputs are smaller (ConstantOfShape, Expand, Range)."""
@@ -26,7 +35,8 @@ _SMALL_BYTES = 64 * 1024
 def fold_constants(model: ir.Model) -> int:
     """Replace constant subexpressions of the main graph by initializers; return the number of nodes folded.
 
-    Left alone: random operators, Q/DQ, operators with subgraphs, results that are graph outputs, and results that would be larger than both
+    Left alone: random operators, Q/DQ, operators with subgraphs, results that are graph outputs, and
+        results that would be larger than both
     their inputs and 64 KiB.
     """
     nodes = _foldable(model.graph)
@@ -55,17 +65,26 @@ def _may_fold(node: ir.Node) -> bool:
 
 
 def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
-    """Run `nodes` as a model of their own and return all their outputs by name; nothing where the runtime cannot."""
+    """Run `nodes` as a model of their own and return all their outputs by name; nothing where the runtime
+    cannot."""
     graph = model.graph
     chosen = set(nodes)
-    values = {value: ir.Value(name=value.name, const_value=value.const_value, type=value.type, shape=value.shape)
-              for node in nodes for value in node.inputs if value is not None and constant(value) is not None}
+    values = {
+        value: ir.Value(name=value.name, const_value=value.const_value, type=value.type, shape=value.shape)
+        for node in nodes
+        for value in node.inputs
+        if value is not None and constant(value) is not None
+    }
     copies = []
     for node in graph:
         if node in chosen:
             copy = ir.node(
-                node.op_type, [None if v is None else values[v] for v in node.inputs], overload=node.overload,
-                domain=node.domain, name=node.name, num_outputs=len(node.outputs),
+                node.op_type,
+                [None if v is None else values[v] for v in node.inputs],
+                overload=node.overload,
+                domain=node.domain,
+                name=node.name,
+                num_outputs=len(node.outputs),
             )
             copy.attributes.update(node.attributes)
             for old, new in zip(node.outputs, copy.outputs, strict=True):
@@ -73,10 +92,26 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
                 values[old] = new
             copies.append(copy)
     outputs = [values[output] for node in nodes for output in node.outputs if output.name]
-    initializers = [value for value in values.values() if value.const_value is not None and value.producer() is None]
-    part = ir.Graph([], outputs, nodes=copies, initializers=initializers, opset_imports=dict(graph.opset_imports), name="constants")
+    initializers = [
+        value for value in values.values() if value.const_value is not None and value.producer() is None
+    ]
+    part = ir.Graph(
+        [],
+        outputs,
+        nodes=copies,
+        initializers=initializers,
+        opset_imports=dict(graph.opset_imports),
+        name="constants",
+    )
     try:
-        return dict(Session(ir.Model(part, ir_version=model.ir_version), Target.cpu(), threads=1, optimization=Optimization.OFF).run({}))
+        return dict(
+            Session(
+                ir.Model(part, ir_version=model.ir_version),
+                Target.cpu(),
+                threads=1,
+                optimization=Optimization.OFF,
+            ).run({})
+        )
     except SessionError as error:
         logger.info("constants are left as they are: %s", error)
         return {}
@@ -96,8 +131,13 @@ def _replace(graph: ir.Graph, accepted: set[ir.Node], results: dict[str, np.ndar
         for output in node.outputs:
             if output.uses():
                 value = ir.Value(name=output.name, type=output.type, shape=output.shape)
-                value.const_value = ir.tensor(np.array(results[output.name or ""], order="C"), name=output.name)
-                value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape)
+                value.const_value = ir.tensor(
+                    np.array(results[output.name or ""], order="C"), name=output.name
+                )
+                value.type, value.shape = (
+                    ir.TensorType(value.const_value.dtype),
+                    ir.Shape(value.const_value.shape.numpy()),
+                )
                 output.name = f"{output.name}_folded"
                 output.replace_all_uses_with(value)
                 graph.register_initializer(value)

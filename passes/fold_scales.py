@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scale folding: x W = (x / s) (s W). Dividing the channels that hold outliers makes the input easier to quantize.
+"""Scale folding: x W = (x / s) (s W). Dividing the channels that hold outliers makes the input easier to
+quantize.
 
-SmoothQuant (Xiao et al., 2023, equation 4): s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), j running over the input channels.
+SmoothQuant (Xiao et al., 2023, equation 4): s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), j running over the
+input channels.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ Extremes = Mapping[str, tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class FoldScalesPass(LayerPass):
-    """Scale the input channels of linear layers so that their largest magnitudes even out, and their weights inversely. Exact.
+    """Scale the input channels of linear layers so that their largest magnitudes even out, and their weights
+    inversely. Exact.
 
-    A LayerNormalization whose output only these layers read absorbs the scale in its gamma and beta. Where others read it too (the residual of a
-    post-norm transformer), an explicit Mul is emitted, which costs one elementwise operation. Layers that read one value share its scale.
+    A LayerNormalization whose output only these layers read absorbs the scale in its gamma and beta. Where
+    others read it too (the residual of a
+    post-norm transformer), an explicit Mul is emitted, which costs one elementwise operation. Layers that
+    read one value share its scale.
 
-    With calibration data each group is tried in int8 and scaled only where that gains at least `min_gain` dB; with `data_free` only inputs made by a
+    With calibration data each group is tried in int8 and scaled only where that gains at least `min_gain` dB;
+    with `data_free` only inputs made by a
     LayerNormalization are scaled, their magnitudes estimated from gamma and beta.
 
     Args:
@@ -74,11 +80,18 @@ class FoldScalesPass(LayerPass):
         groups = self._groups(model, findings)
         if not groups:
             return False
-        chosen = self._data_free(groups, findings) if self.data_free else self._searched(model, groups, context, findings)
+        chosen = (
+            self._data_free(groups, findings)
+            if self.data_free
+            else self._searched(model, groups, context, findings)
+        )
         for group in groups:
             if group.value in chosen:
                 _apply(group, chosen[group.value])
-                findings.apply(group.name, "scales folded into the norm" if group.absorbed else "scales by an explicit Mul")
+                findings.apply(
+                    group.name,
+                    "scales folded into the norm" if group.absorbed else "scales by an explicit Mul",
+                )
         return bool(chosen)
 
     def _groups(self, model: ir.Model, findings: Findings) -> list[ScaleGroup]:
@@ -99,7 +112,10 @@ class FoldScalesPass(LayerPass):
         for group in groups:
             peaks = group.norm_peaks()
             if peaks is None:
-                findings.skip(group.name, "its input is made by no LayerNormalization, so its magnitudes are unknown without data")
+                findings.skip(
+                    group.name,
+                    "its input is made by no LayerNormalization, so its magnitudes are unknown without data",
+                )
             else:
                 chosen[group.value] = smoothing_scales(peaks, group.weight_peaks(), self.alpha)
         return chosen
@@ -108,18 +124,27 @@ class FoldScalesPass(LayerPass):
         self, model: ir.Model, groups: Sequence[ScaleGroup], context: Context, findings: Findings
     ) -> dict[ir.Value, Array]:
         calibration = required_calibration(context.calibration, self.name, model)
-        seen = channel_extremes(model, [group.value.name or "" for group in groups], calibration, context.target)
+        seen = channel_extremes(
+            model, [group.value.name or "" for group in groups], calibration, context.target
+        )
         usable = [group for group in groups if _usable(group, seen, findings)]
-        scales = {g.value: smoothing_scales(_peaks(seen[g.value.name or ""]), g.weight_peaks(), self.alpha) for g in usable}
+        scales = {
+            g.value: smoothing_scales(_peaks(seen[g.value.name or ""]), g.weight_peaks(), self.alpha)
+            for g in usable
+        }
         plain = _trial(model, {}, seen, calibration, context.target)
-        scaled = _trial(model, {v.name or "": s for v, s in scales.items()}, seen, calibration, context.target)
+        scaled = _trial(
+            model, {v.name or "": s for v, s in scales.items()}, seen, calibration, context.target
+        )
         chosen = {}
         for group in usable:
             gain = min(scaled[layer.name] - plain[layer.name] for layer in group.layers)
             if gain >= self.min_gain:
                 chosen[group.value] = scales[group.value]
             else:
-                findings.skip(group.name, f"scaling gains {gain:.1f} dB in int8, below min-gain={self.min_gain:g}")
+                findings.skip(
+                    group.name, f"scaling gains {gain:.1f} dB in int8, below min-gain={self.min_gain:g}"
+                )
         return chosen
 
 
@@ -190,7 +215,9 @@ def _apply(group: ScaleGroup, scale: Array, *, explicit: bool = False) -> ir.Val
         _fold_into_norm(group.norm, graph, scale)
     else:
         inverse = add_initializer(graph, f"{group.value.name}_inverse_scale", (1 / scale).astype(np.float32))
-        inner = emit(first, "Mul", [group.value, inverse], names=[f"{group.value.name}_scaled_in"], like=group.value)
+        inner = emit(
+            first, "Mul", [group.value, inverse], names=[f"{group.value.name}_scaled_in"], like=group.value
+        )
     for layer in group.layers:
         weight = (layer.weight_array() * scale[:, None]).astype(np.float32)
         layer.node.replace_input_with(1, add_initializer(graph, f"{layer.weight.name}_scaled", weight))
@@ -204,7 +231,9 @@ def _fold_into_norm(norm: ir.Node, graph: ir.Graph, scale: Array) -> None:
         value = norm.inputs[index] if len(norm.inputs) > index else None
         if value is not None:
             tensor = constant_array(value)
-            norm.replace_input_with(index, add_initializer(graph, f"{value.name}_folded", (tensor / scale).astype(np.float32)))
+            norm.replace_input_with(
+                index, add_initializer(graph, f"{value.name}_folded", (tensor / scale).astype(np.float32))
+            )
             drop_initializer(value)
 
 

@@ -23,7 +23,8 @@ class ScaleGroup:
         value: the shared input.
         layers: its linear readers.
         norm: the LayerNormalization that computes it with constant gamma and beta, or None.
-        absorbed: whether `norm` can absorb the scale: nobody but `layers` reads the value. Else it costs an explicit Mul.
+        absorbed: whether `norm` can absorb the scale: nobody but `layers` reads the value. Else it costs
+            an explicit Mul.
     """
 
     value: ir.Value
@@ -38,17 +39,23 @@ class ScaleGroup:
 
     def weight_peaks(self) -> Array:
         """Return the largest weight magnitude of each input channel over all layers, float32 [channels]."""
-        return np.max([np.abs(layer.weight_array()).max(axis=1) for layer in self.layers], axis=0).astype(np.float32)
+        peaks = [np.abs(layer.weight_array()).max(axis=1) for layer in self.layers]
+        return np.asarray(np.max(peaks, axis=0), np.float32)
 
     def norm_peaks(self) -> Array | None:
-        """Return an estimate of each channel's largest magnitude from the norm alone, |beta| + 3 |gamma|; None without a norm.
+        """Return an estimate of each channel's largest magnitude from the norm alone, |beta| + 3 |gamma|;
+        None without a norm.
 
         A normalised element is rarely beyond three standard deviations.
         """
         if self.norm is None:
             return None
         gamma = np.abs(_parameter(self.norm, 1))
-        beta = np.abs(_parameter(self.norm, 2)) if len(self.norm.inputs) > 2 and self.norm.inputs[2] is not None else 0.0
+        beta = (
+            np.abs(_parameter(self.norm, 2))
+            if len(self.norm.inputs) > 2 and self.norm.inputs[2] is not None
+            else 0.0
+        )
         return np.asarray(beta + 3 * gamma, np.float32)
 
 

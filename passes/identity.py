@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stable identity: every node carries the names of the user's layers that it comes from, through every rewrite.
+"""Stable identity: every node carries the names of the user's layers that it comes from, through every
+rewrite.
 
-The names stand in the node's metadata under `splitfold.layers` (a JSON list), also in the exported file. A layer is the user's module path
+The names stand in the node's metadata under `splitfold.layers` (a JSON list), also in the exported file. A
+layer is the user's module path
 where the exporter recorded it (``encoder.layer.3.attention.self.query``), else the node's own name.
 """
 
@@ -15,7 +17,16 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-__all__ = ["LAYERS_KEY", "display_layer", "inherit", "inherit_missing", "layers_of", "mark_call", "name_layers", "stamp"]
+__all__ = [
+    "LAYERS_KEY",
+    "display_layer",
+    "inherit",
+    "inherit_missing",
+    "layers_of",
+    "mark_call",
+    "name_layers",
+    "stamp",
+]
 
 LAYERS_KEY = "splitfold.layers"
 _CALL_KEY = "splitfold.call"
@@ -25,7 +36,8 @@ _WEIGHTED = {"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"}
 
 
 def layers_of(node: ir.Node) -> tuple[str, ...]:
-    """Return the user-facing names of the layers that `node` comes from, sorted; empty before `name_layers` ran."""
+    """Return the user-facing names of the layers that `node` comes from, sorted; empty before
+    `name_layers` ran."""
     text = node.metadata_props.get(LAYERS_KEY)
     return tuple(json.loads(text)) if text else ()
 
@@ -50,14 +62,16 @@ def inherit(nodes: Iterable[ir.Node], origins: Iterable[ir.Node]) -> None:
 
 
 def mark_call(node: ir.Node) -> None:
-    """Record the name of a function call in its metadata, which the nodes of its body take over when it is inlined."""
+    """Record the name of a function call in its metadata, which the nodes of its body take over when it is
+    inlined."""
     node.metadata_props[_CALL_KEY] = node.name or node.op_type
 
 
 def name_layers(model: ir.Model) -> bool:
     """Give every node that has none its layer name; return whether any was given.
 
-    Nodes of one module share its path. Where a module holds several layers with weights of their own, these are told apart by a suffix.
+    Nodes of one module share its path. Where a module holds several layers with weights of their own, these
+    are told apart by a suffix.
     """
     nodes = [node for graph in model.graphs() for node in graph if not layers_of(node)]
     names = {node: _user_name(node) for node in nodes}
@@ -76,7 +90,8 @@ def name_layers(model: ir.Model) -> bool:
 
 def _has_weight(node: ir.Node) -> bool:
     return node.op_type in _WEIGHTED and any(
-        value is not None and value.const_value is not None and len(value.shape or ()) > 1 for value in node.inputs[:2]
+        value is not None and value.const_value is not None and len(value.shape or ()) > 1
+        for value in node.inputs[:2]
     )
 
 
@@ -100,12 +115,15 @@ def _torch_scope(node: ir.Node) -> str:
         scopes = [str(scope) for scope in ast.literal_eval(text)]
     except (ValueError, SyntaxError):
         return ""
-    modules = [scope for scope in scopes[:-1] if scope]  # the last entry is the operator's own name in the trace
+    modules = [
+        scope for scope in scopes[:-1] if scope
+    ]  # the last entry is the operator's own name in the trace
     return modules[-1] if modules else (scopes[-1] if scopes else "")
 
 
 def inherit_missing(model: ir.Model) -> list[ir.Node]:
-    """Give nodes that have no layer those of the nearest nodes that do (consumers first); return the nodes still without."""
+    """Give nodes that have no layer those of the nearest nodes that do (consumers first); return the nodes
+    still without."""
     pending = [node for graph in model.graphs() for node in graph if not layers_of(node)]
     while pending:
         left = [node for node in pending if not _inherit_from_neighbours(node)]

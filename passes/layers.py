@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a quantizable layer is: an operator with a constant weight, its input, bias, output and user-facing name."""
+"""What a quantizable layer is: an operator with a constant weight, its input, bias, output and user-facing
+name."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Layer:
         name: user-facing name.
         kind: which operator it is.
         input: its activation input (the indices of an embedding).
-        weight: its constant weight: [K, N] of MatMul and Gemm (transB = 0), [out, in / groups, ...] of Conv, [rows, columns] of an embedding.
+        weight: its constant weight: [K, N] of MatMul and Gemm (transB = 0), [out, in / groups, ...] of
+            Conv, [rows, columns] of an embedding.
         bias: its own bias input, or None.
         in_subgraph: whether it stands in a body of If, Loop or Scan, whose values cannot be tapped.
     """
@@ -81,7 +83,8 @@ class Layer:
 
 
 def find_layers(model: ir.Model) -> tuple[list[Layer], list[tuple[str, str]]]:
-    """Return the layers of all graphs in order, and (name, reason) of operators with weights that are not layers."""
+    """Return the layers of all graphs in order, and (name, reason) of operators with weights that are not
+    layers."""
     layers: list[Layer] = []
     refused: list[tuple[str, str]] = []
     for graph in model.graphs():
@@ -105,7 +108,8 @@ def _layer(node: ir.Node, in_subgraph: bool) -> Layer:
 
 
 def unsupported_reason(node: ir.Node) -> str | None:
-    """Return None for a layer, an empty text for a node that holds no weight at all, else why it is no layer."""
+    """Return None for a layer, an empty text for a node that holds no weight at all, else why it is no
+    layer."""
     if node.domain not in ("", "ai.onnx"):
         return ""
     if node.op_type in _NO_CARRIER:
@@ -120,7 +124,12 @@ def unsupported_reason(node: ir.Node) -> str | None:
 
 def _embedding_reason(node: ir.Node) -> str | None:
     table = constant(node.inputs[0])
-    if table is None or len(table.shape) != 2 or not table.dtype.is_floating_point() or int_attribute(node, "axis", 0) != 0:
+    if (
+        table is None
+        or len(table.shape) != 2
+        or not table.dtype.is_floating_point()
+        or int_attribute(node, "axis", 0) != 0
+    ):
         return ""
     if table.shape[1] == 1:  # a column of scales, say
         return ""
@@ -132,7 +141,11 @@ def _product_reason(node: ir.Node, kind: LayerKind) -> str | None:
     if weight is None:
         if _is_dequantized(node.inputs[1]):
             return "already quantized: left as it is"
-        return "the weight is the left operand" if constant(data) is not None and kind is LayerKind.MATMUL else ""
+        return (
+            "the weight is the left operand"
+            if constant(data) is not None and kind is LayerKind.MATMUL
+            else ""
+        )
     if weight.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return f"the weight is {weight.dtype.name}, not FLOAT"
     if kind in LINEAR and len(weight.shape) != 2:

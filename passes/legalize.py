@@ -24,8 +24,10 @@ __all__ = ["LegalizePass"]
 class LegalizePass(Pass):
     """Rewrite what the target cannot run; refuse what cannot be rewritten.
 
-    MatMulNBits on a target without that kernel becomes a float MatMul of the dequantized weight (the numbers stay, the size does not). A redundant
-    `output_dtype` of QuantizeLinear is dropped: with int8 activations the runtime refuses to load it. Operators of an unknown domain are kept and named.
+    MatMulNBits on a target without that kernel becomes a float MatMul of the dequantized weight (the numbers
+    stay, the size does not). A redundant
+    `output_dtype` of QuantizeLinear is dropped: with int8 activations the runtime refuses to load it.
+    Operators of an unknown domain are kept and named.
 
     Before::
 
@@ -48,13 +50,17 @@ class LegalizePass(Pass):
         target = context.target
         if default_opset(model) > target.opset:
             raise UnsupportedError(
-                f"the model has opset {default_opset(model)}, target {target.name} runs up to {target.opset}: export it with opset {target.opset}."
+                f"the model has opset {default_opset(model)}, target {target.name} runs up to "
+                f"{target.opset}: export it with opset {target.opset}."
             )
         changed = False
         for graph in model.graphs():
             for node in list(graph):
                 if not target.supports(node):
-                    findings.skip(display_layer(node), f"custom operator {node.domain}::{node.op_type} is kept: register its library")
+                    findings.skip(
+                        display_layer(node),
+                        f"custom operator {node.domain}::{node.op_type} is kept: register its library",
+                    )
                 elif node.op_type == "MatMulNBits" and not target.carries(Carrier.MATMUL_NBITS):
                     changed |= _expand(node, findings)
                 elif node.op_type == "QuantizeLinear":
@@ -75,10 +81,14 @@ def _expand(node: ir.Node, findings: Findings) -> bool:
     packed, scales = constant(node.inputs[1]), constant(node.inputs[2])
     zeros = constant(node.inputs[3]) if len(node.inputs) > 3 else None
     if packed is None or scales is None or len(node.inputs) > 4 or node.graph is None:
-        raise UnsupportedError(f"{layer}: this MatMulNBits has computed weights or a group index; it cannot be rewritten.")
+        raise UnsupportedError(
+            f"{layer}: this MatMulNBits has computed weights or a group index; it cannot be rewritten."
+        )
     weight = _weight(node, packed.numpy(), scales.numpy(), None if zeros is None else zeros.numpy())
     held = add_initializer(node.graph, f"{node.outputs[0].name}_weight", weight)
-    result = emit(node, "MatMul", [node.inputs[0], held], names=[f"{node.outputs[0].name}_float"], like=node.outputs[0])
+    result = emit(
+        node, "MatMul", [node.inputs[0], held], names=[f"{node.outputs[0].name}_float"], like=node.outputs[0]
+    )
     replace_value(node.outputs[0], result)
     drop_unused([node])
     findings.apply(layer, "MatMulNBits expanded to a float MatMul")

@@ -30,7 +30,8 @@ def default_opset(model: ir.Model) -> int:
 
 
 def raise_opset(model: ir.Model, opset: int = _WORKING_OPSET) -> str | None:
-    """Raise the default opset to `opset` in place where it is lower; return None, or the reason why it stayed.
+    """Raise the default opset to `opset` in place where it is lower; return None, or the reason why it
+    stayed.
 
     Raises:
         UnsupportedError: the model is older than opset 7 and cannot be converted.
@@ -40,7 +41,9 @@ def raise_opset(model: ir.Model, opset: int = _WORKING_OPSET) -> str | None:
         return None
     reason = _convert(model, opset, present)
     if reason is not None and present < OLDEST_OPSET:
-        raise UnsupportedError(f"the model has opset {present}, older than {OLDEST_OPSET}, and cannot be converted: {reason}")
+        raise UnsupportedError(
+            f"the model has opset {present}, older than {OLDEST_OPSET}, and cannot be converted: {reason}"
+        )
     return reason
 
 
@@ -57,7 +60,9 @@ def _convert(model: ir.Model, opset: int, present: int) -> str | None:
         lines = str(error).strip().splitlines()
         return f"opset {present} could not be raised to {opset}: {lines[0][:200] if lines else type(error).__name__}"
     if default_opset(trial) < opset:
-        return f"opset {present} could not be raised to {opset}: the converter left it at {default_opset(trial)}"
+        return (
+            f"opset {present} could not be raised to {opset}: the converter left it at {default_opset(trial)}"
+        )
     _carry_identity(model, trial)
     _adopt(model, trial)
     logger.info("opset raised from %d to %d", present, opset)
@@ -82,7 +87,8 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
 
 
 def _carry_identity(old: ir.Model, new: ir.Model) -> None:
-    """Give converted nodes the names and metadata of those that made the same values: the converter of onnx drops them."""
+    """Give converted nodes the names and metadata of those that made the same values: the converter of
+    onnx drops them."""
     makers = {value.name: node for node in old.graph.all_nodes() for value in node.outputs if value.name}
     for node in new.graph.all_nodes():
         maker = next((makers[value.name] for value in node.outputs if value.name in makers), None)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline: an ordered tuple of passes, a Python value with a text form; running it leaves a record of each pass."""
+"""A pipeline: an ordered tuple of passes, a Python value with a text form; running it leaves a record of
+each pass."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import onnx_ir as ir
 
-from splitfold.passes.base import Context, Findings, Pass
+from splitfold.passes.base import Context, Pass
 from splitfold.passes.errors import PassFailedError
 from splitfold.passes.identity import inherit_missing
 from splitfold.passes.spec import parse_pass, split_top_level
@@ -40,7 +41,8 @@ class PassRecord:
         notes: facts about the whole.
         carried: low-bit weight names by layer.
         seconds: wall time; not part of the manifest, which must be the same for the same input.
-        deviation: outputs after the pass against those before it, the worst output; None where it was not measured.
+        deviation: outputs after the pass against those before it, the worst output; None where it was not
+            measured.
     """
 
     text: str
@@ -75,7 +77,8 @@ class Observer(Protocol):
 class Pipeline:
     """An ordered tuple of passes.
 
-    `Pipeline.parse` and `str` are inverse: the text form serves the command line, recipes, manifests and messages.
+    `Pipeline.parse` and `str` are inverse: the text form serves the command line, recipes, manifests and
+    messages.
     """
 
     steps: tuple[Pass, ...] = ()
@@ -106,11 +109,14 @@ class Pipeline:
     def __add__(self, other: Pipeline) -> Pipeline:
         return Pipeline(self.steps + other.steps)
 
-    def run(self, model: ir.Model, context: Context | None = None, observers: Sequence[Observer] = ()) -> list[PassRecord]:
+    def run(
+        self, model: ir.Model, context: Context | None = None, observers: Sequence[Observer] = ()
+    ) -> list[PassRecord]:
         """Run all passes over `model`, in place, and return their records.
 
         Raises:
-            PassFailedError: a pass raised something unexpected, or broke its word; it names the passes that ran before.
+            PassFailedError: a pass raised something unexpected, or broke its word; it names the passes
+                that ran before.
             SplitfoldError: an expected error of a pass, as it is.
         """
         records: list[PassRecord] = []
@@ -120,7 +126,13 @@ class Pipeline:
             record = _run_one(step, model, context or Context(), tuple(record.text for record in records))
             for observer in observers:
                 record = observer.after_pass(step, model, record)
-            logger.info("%s: %d applied, %d skipped, %.2f s", record.text, len(record.applied), len(record.skipped), record.seconds)
+            logger.info(
+                "%s: %d applied, %d skipped, %.2f s",
+                record.text,
+                len(record.applied),
+                len(record.skipped),
+                record.seconds,
+            )
             records.append(record)
         return records
 
@@ -135,17 +147,21 @@ def _run_one(step: Pass, model: ir.Model, context: Context, before: tuple[str, .
         raise PassFailedError(f"{type(error).__name__}: {error}", failed=str(step), before=before) from error
     if orphans := inherit_missing(model):
         logger.debug("%s left %d nodes without a layer, such as %s", step, len(orphans), orphans[0].name)
-    record = PassRecord(str(step), step.contract.value, outcome.modified, nodes, _count(model), size, weight_bytes(model))
-    return replace(record, seconds=time.perf_counter() - start, **_found(outcome.findings))
-
-
-def _found(findings: Findings) -> dict[str, object]:
-    return {
-        "applied": tuple(findings.applied),
-        "skipped": tuple(findings.skipped),
-        "notes": tuple(findings.notes),
-        "carried": dict(findings.carried),
-    }
+    findings = outcome.findings
+    return PassRecord(
+        text=str(step),
+        contract=step.contract.value,
+        modified=outcome.modified,
+        nodes_before=nodes,
+        nodes_after=_count(model),
+        bytes_before=size,
+        bytes_after=weight_bytes(model),
+        applied=tuple(findings.applied),
+        skipped=tuple(findings.skipped),
+        notes=tuple(findings.notes),
+        carried=dict(findings.carried),
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _count(model: ir.Model) -> int:

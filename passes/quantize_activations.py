@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static int8: QuantizeLinear/DequantizeLinear placed so that the runtime computes MatMul, Gemm and Conv in integers."""
+"""Static int8: QuantizeLinear/DequantizeLinear placed so that the runtime computes MatMul, Gemm and Conv
+in integers."""
 
 from __future__ import annotations
 
@@ -29,10 +30,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizeActivationsPass(LayerPass):
-    """Quantize layers statically: uint8 activations per tensor, int8 weights per channel, as Q/DQ that the runtime fuses.
+    """Quantize layers statically: uint8 activations per tensor, int8 weights per channel, as Q/DQ that the
+    runtime fuses.
 
-    The input of a MatMul or Gemm is quantized on the edge into the layer only, so that a residual keeps the float value. Around a Conv whole
-    regions are quantized: its output (after Relu or Clip), residual Add, pooling, Concat and moving operators up to the next integer layer.
+    The input of a MatMul or Gemm is quantized on the edge into the layer only, so that a residual keeps the
+    float value. Around a Conv whole
+    regions are quantized: its output (after Relu or Clip), residual Add, pooling, Concat and moving
+        operators up to the next integer layer.
     Values that no 8-bit grid can hold are recognised from what calibration saw, and kept out.
 
     Args:
@@ -40,7 +44,8 @@ class QuantizeActivationsPass(LayerPass):
         percentile: share in percent that the percentile calibrator keeps.
         symmetric: fix the zero point of activations at the middle.
         weight_bits: 8, or 7 for CPUs whose u8 x s8 sums saturate.
-        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB is skipped; 0 skips none.
+        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB
+            is skipped; 0 skips none.
 
     Before::
 
@@ -72,7 +77,11 @@ class QuantizeActivationsPass(LayerPass):
             return False
         calibration = required_calibration(context.calibration, self.name, model)
         stats = activation_stats(
-            model, _interesting(model, layers), calibration, context.target, histograms=self.calibrator.needs_histogram
+            model,
+            _interesting(model, layers),
+            calibration,
+            context.target,
+            histograms=self.calibrator.needs_histogram,
         )
         layers = [layer for layer in layers if self._holds(layer, stats, findings)]
         grids = {name: self._grid(item) for name, item in stats.items() if item.unholdable() is None}
@@ -111,11 +120,15 @@ class QuantizeActivationsPass(LayerPass):
         found = measured.get(layer.name, float("inf"))
         if found >= self.min_sqnr:
             return True
-        findings.skip(layer.name, f"its static int8 output has {found:.1f} dB SQNR, below min-sqnr={self.min_sqnr:g}")
+        findings.skip(
+            layer.name, f"its static int8 output has {found:.1f} dB SQNR, below min-sqnr={self.min_sqnr:g}"
+        )
         return False
 
     def _grid(self, stats: ActivationStats) -> ActivationGrid:
-        return activation_grid(*activation_range(stats, self.calibrator, percentile=self.percentile), symmetric=self.symmetric)
+        return activation_grid(
+            *activation_range(stats, self.calibrator, percentile=self.percentile), symmetric=self.symmetric
+        )
 
 
 def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str | None:
@@ -139,11 +152,16 @@ def _bias_reason(layer: Layer) -> str | None:
     if tensor is None:
         return "its bias is computed, not constant"
     channels = layer.weight_array().shape[layer.channel_axis]
-    return None if tensor.size in (1, channels) else f"its bias has shape {list(tensor.shape)}, not one value a channel"
+    return (
+        None
+        if tensor.size in (1, channels)
+        else f"its bias has shape {list(tensor.shape)}, not one value a channel"
+    )
 
 
 def _interesting(model: ir.Model, layers: list[Layer]) -> list[str]:
-    """Return the names of the values whose range may be asked for: inputs of layers, and all that a region could hold."""
+    """Return the names of the values whose range may be asked for: inputs of layers, and all that a region
+    could hold."""
     convolutions = [layer for layer in layers if layer.kind is LayerKind.CONV]
     region = region_values(model.graph, convolutions, [layer.node for layer in layers], lambda _: True)
     names = [layer.input.name or "" for layer in layers]

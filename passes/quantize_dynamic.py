@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamic int8: int8 weights per column, activations quantized at run time, in the form that fuses to the fast kernel."""
+"""Dynamic int8: int8 weights per column, activations quantized at run time, in the form that fuses to the
+fast kernel."""
 
 from __future__ import annotations
 
@@ -27,12 +28,14 @@ Quantized = tuple[ir.Value, ir.Value, ir.Value]
 class QuantizeDynamicPass(LayerPass):
     """Quantize MatMul and Gemm with int8 weights per column; each call chooses the activations' range itself.
 
-    Needs no calibration. Layers that read one value share its quantization. Convolutions are left alone: the runtime's ConvInteger is several times slower
+    Needs no calibration. Layers that read one value share its quantization. Convolutions are left alone: the
+    runtime's ConvInteger is several times slower
     than its float kernel. Looks into subgraphs.
 
     Args:
         weight_bits: 8, or 7 for CPUs whose u8 x s8 sums saturate.
-        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB is skipped; 0 skips none
+        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB
+            is skipped; 0 skips none
             and needs no data.
 
     Before::
@@ -88,7 +91,10 @@ class QuantizeDynamicPass(LayerPass):
     def _accurate(self, layer: Layer, measured: Mapping[str, float], findings: Findings) -> bool:
         found = measured.get(layer.name, float("inf"))
         if found < self.min_sqnr:
-            findings.skip(layer.name, f"its dynamic int8 output has {found:.1f} dB SQNR, below min-sqnr={self.min_sqnr:g}")
+            findings.skip(
+                layer.name,
+                f"its dynamic int8 output has {found:.1f} dB SQNR, below min-sqnr={self.min_sqnr:g}",
+            )
         return found >= self.min_sqnr
 
 
@@ -105,7 +111,8 @@ def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str |
 
 
 def _quantized(layer: Layer, shared: dict[tuple[ir.Value, ir.Graph | None], Quantized]) -> Quantized:
-    """Return DynamicQuantizeLinear of the layer's input, emitted before the first layer of its graph that reads it."""
+    """Return DynamicQuantizeLinear of the layer's input, emitted before the first layer of its graph that
+    reads it."""
     key = (layer.input, layer.node.graph)
     if key not in shared:
         base = layer.input.name

@@ -20,7 +20,8 @@ __all__ = ["QuantizeEmbeddingsPass"]
 
 @dataclass(frozen=True)
 class QuantizeEmbeddingsPass(LayerPass):
-    """Hold the tables that Gather reads row by row in int8 (a scale a row) or 4 bits (a scale and zero point a block of a row).
+    """Hold the tables that Gather reads row by row in int8 (a scale a row) or 4 bits (a scale and zero point
+    a block of a row).
 
     Args:
         bits: 8 or 4.
@@ -62,7 +63,9 @@ class QuantizeEmbeddingsPass(LayerPass):
             output, weight = self._carry(layer)
             replace_value(layer.output, output)
             drop_unused([layer.node])
-            findings.apply(layer.name, f"table in {self.bits} bits", weight=weight if self.bits == 4 else None)
+            findings.apply(
+                layer.name, f"table in {self.bits} bits", weight=weight if self.bits == 4 else None
+            )
             changed = True
         return changed
 
@@ -80,7 +83,11 @@ class QuantizeEmbeddingsPass(LayerPass):
             reader = others[0].name if others else "a graph output"
             return f"the table is also read by {reader}, which keeps the float copy: the file would grow"
         columns = layer.weight_array().shape[1]
-        return f"its {columns} columns are no multiple of block = {self.block}" if self.bits == 4 and columns % self.block else None
+        return (
+            f"its {columns} columns are no multiple of block = {self.block}"
+            if self.bits == 4 and columns % self.block
+            else None
+        )
 
     def _carry(self, layer: Layer) -> tuple[ir.Value, str]:
         return _rows(layer) if self.bits == 8 else _blocks(layer, self.block)
@@ -94,9 +101,20 @@ def _rows(layer: Layer) -> tuple[ir.Value, str]:
     table = add_initializer(graph, f"{layer.weight.name}_int8", codes)
     steps = add_initializer(graph, f"{layer.weight.name}_row_scales", scales)
     base, out = layer.output.name, layer.output
-    rows = emit(layer.node, "Gather", [table, layer.input], names=[f"{base}_codes"], like=out, dtype=ir.DataType.INT8)
-    scale = emit(layer.node, "Gather", [steps, layer.input], names=[f"{base}_row_scale"], dtype=ir.DataType.FLOAT)
-    real = emit(layer.node, "Cast", [rows], attributes={"to": ir.DataType.FLOAT.value}, names=[f"{base}_cast"], like=out)
+    rows = emit(
+        layer.node, "Gather", [table, layer.input], names=[f"{base}_codes"], like=out, dtype=ir.DataType.INT8
+    )
+    scale = emit(
+        layer.node, "Gather", [steps, layer.input], names=[f"{base}_row_scale"], dtype=ir.DataType.FLOAT
+    )
+    real = emit(
+        layer.node,
+        "Cast",
+        [rows],
+        attributes={"to": ir.DataType.FLOAT.value},
+        names=[f"{base}_cast"],
+        like=out,
+    )
     return emit(layer.node, "Mul", [real, scale], names=[f"{base}_scaled"], like=out), table.name or ""
 
 
@@ -108,7 +126,9 @@ def _blocks(layer: Layer, block: int) -> tuple[ir.Value, str]:
     packed = pack_codes(q.codes.reshape(q.codes.shape[0], -1), 4)
     table = add_initializer(graph, f"{layer.weight.name}_uint4", packed)
     scales = add_initializer(graph, f"{layer.weight.name}_scales", q.scales)
-    zeros = add_initializer(graph, f"{layer.weight.name}_zero_points", pack_codes(np.asarray(q.zero_points), 4))
+    zeros = add_initializer(
+        graph, f"{layer.weight.name}_zero_points", pack_codes(np.asarray(q.zero_points), 4)
+    )
     value = emit(
         layer.node,
         "GatherBlockQuantized",

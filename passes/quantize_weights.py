@@ -37,14 +37,16 @@ _QDQ_BITS = (4, 8)
 class QuantizeWeightsPass(LayerPass):
     """Hold the weights of MatMul and Gemm in blocks of few bits, rounded to nearest.
 
-    Needs no calibration. Blocks run along K; any K is allowed, the last block is padded. 3 bits are stored in 4: they save nothing over 4 but compress better.
+    Needs no calibration. Blocks run along K; any K is allowed, the last block is padded. 3 bits are stored in
+    4: they save nothing over 4 but compress better.
 
     Args:
         bits: 2, 3, 4 or 8.
         block: rows of a column that share a scale: 16, 32, 64, 128 or 256.
         symmetric: fix the zero point at the middle: fewer bytes, more error.
         form: how it is written.
-        accuracy_level: of MatMulNBits: 4 computes in int8 (fast), 1 in float32 (the runtime's default 0 is 13 to 20 times slower for 2 and 8 bits).
+        accuracy_level: of MatMulNBits: 4 computes in int8 (fast), 1 in float32 (the runtime's default 0
+            is 13 to 20 times slower for 2 and 8 bits).
 
     Before::
 
@@ -52,7 +54,8 @@ class QuantizeWeightsPass(LayerPass):
 
     After::
 
-        y = com.microsoft::MatMulNBits<bits=4, block_size=32, accuracy_level=4>(x, W_int4, W_scales, W_zero_points)
+        y = com.microsoft::MatMulNBits<bits=4, block_size=32, accuracy_level=4>(x, W_int4, W_scales,
+        W_zero_points)
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -71,7 +74,9 @@ class QuantizeWeightsPass(LayerPass):
         if self.accuracy_level not in (0, 1, 2, 3, 4):
             raise ValueError(f"accuracy-level is {self.accuracy_level}; it may be 0 to 4.")
         if self.form is BlockForm.QDQ and self._stored_bits not in _QDQ_BITS:
-            raise ValueError(f"form=qdq holds 3, 4 and 8 bits, not {self.bits}: opset 21 has no such type. Use form=nbits.")
+            raise ValueError(
+                f"form=qdq holds 3, 4 and 8 bits, not {self.bits}: opset 21 has no such type. Use form=nbits."
+            )
 
     @property
     def _stored_bits(self) -> int:
@@ -93,7 +98,9 @@ class QuantizeWeightsPass(LayerPass):
             carried = self._carry(layer, quantized)
             replace_value(layer.output, carried.output)
             drop_unused([layer.node])
-            findings.apply(layer.name, f"{layer.kind.value} weights in {self.bits} bits", weight=carried.weight)
+            findings.apply(
+                layer.name, f"{layer.kind.value} weights in {self.bits} bits", weight=carried.weight
+            )
             stored += _stored_bytes(quantized, self._stored_bits)
             elements += quantized.codes.shape[0] * quantized.columns
         if elements:
@@ -101,7 +108,9 @@ class QuantizeWeightsPass(LayerPass):
         return bool(layers) or opset_raised
 
     def _bits_note(self, stored: int, elements: int) -> str:
-        note = f"{8 * stored / elements:.2f} bits a weight as stored, scales, zero points and padding included"
+        note = (
+            f"{8 * stored / elements:.2f} bits a weight as stored, scales, zero points and padding included"
+        )
         return note + "; 3-bit codes are stored in 4 bits" if self.bits == 3 else note
 
     def _candidates(self, model: ir.Model, context: Context, findings: Findings) -> list[Layer]:
@@ -145,5 +154,9 @@ class QuantizeWeightsPass(LayerPass):
 
 
 def _stored_bytes(quantized: BlockQuantized, bits: int) -> int:
-    zeros = 0 if quantized.zero_points is None else -(-quantized.zero_points.shape[1] * bits // 8) * quantized.zero_points.shape[0]
+    zeros = (
+        0
+        if quantized.zero_points is None
+        else -(-quantized.zero_points.shape[1] * bits // 8) * quantized.zero_points.shape[0]
+    )
     return quantized.codes.size * bits // 8 + quantized.scales.nbytes + zeros

@@ -60,17 +60,22 @@ class ActivationStats:
         if not self.finite:
             return "it holds infinities or NaN (a mask?)"
         if max(-self.low, self.high) > 1e20:
-            return f"it spans [{self.low:.3g}, {self.high:.3g}]: a mask's sentinel, which no 8-bit grid can hold"
+            return (
+                f"it spans [{self.low:.3g}, {self.high:.3g}]: a mask's sentinel, which no 8-bit grid can hold"
+            )
         return None
 
 
-def activation_range(stats: ActivationStats, calibrator: Calibrator, *, percentile: float = 99.999) -> tuple[float, float]:
+def activation_range(
+    stats: ActivationStats, calibrator: Calibrator, *, percentile: float = 99.999
+) -> tuple[float, float]:
     """Return (low, high) of the interval that `calibrator` keeps.
 
     Args:
         stats: with a histogram where the calibrator needs one.
         calibrator: which rule.
-        percentile: of PERCENTILE: the share in percent of the elements kept, the rest cut evenly from both tails.
+        percentile: of PERCENTILE: the share in percent of the elements kept, the rest cut evenly from
+            both tails.
     """
     if calibrator is Calibrator.MOVING_AVERAGE:
         return stats.average_low, stats.average_high
@@ -91,7 +96,8 @@ def _percentile(histogram: Array, edges: Array, percentile: float) -> tuple[floa
 
 
 def _least_squares(histogram: Array, edges: Array) -> tuple[float, float]:
-    """Return the interval with the least mean squared error of the round trip, by coordinate descent over both ends."""
+    """Return the interval with the least mean squared error of the round trip, by coordinate descent over
+    both ends."""
     centers = (edges[:-1] + edges[1:]) / 2
     low, high = float(edges[0]), float(edges[-1])
     shrink = np.linspace(1.0, 0.1, 46)
@@ -108,9 +114,11 @@ def _least_squares(histogram: Array, edges: Array) -> tuple[float, float]:
 
 
 def _entropy(histogram: Array, edges: Array) -> tuple[float, float]:
-    """Return the interval whose 256-level histogram has the least Kullback-Leibler divergence from the clipped one.
+    """Return the interval whose 256-level histogram has the least Kullback-Leibler divergence from the
+    clipped one.
 
-    TensorRT's rule (Migacz, 2017), with both ends shrunk in the same proportion so that it serves skewed values too.
+    TensorRT's rule (Migacz, 2017), with both ends shrunk in the same proportion so that it serves skewed
+    values too.
     """
     low, high = float(edges[0]), float(edges[-1])
     centers = (edges[:-1] + edges[1:]) / 2

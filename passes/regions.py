@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer regions: which values are quantized for everyone (around convolutions), and which only on the way into one layer.
+"""Integer regions: which values are quantized for everyone (around convolutions), and which only on the way
+into one layer.
 
-A convolution runs in integers only if its output is quantized too, so the values of a convolutional region are quantized for all who read
-them, residual Add included. The input of a linear layer is quantized on the edge into that layer alone: a residual Add that
+A convolution runs in integers only if its output is quantized too, so the values of a convolutional region
+are quantized for all who read
+them, residual Add included. The input of a linear layer is quantized on the edge into that layer alone: a
+residual Add that
 read the quantized value of a post-norm transformer would lose about 15 dB.
 """
 
@@ -19,12 +22,24 @@ __all__ = ["moved_into_subgraph", "output_point", "region_values"]
 
 _COMPUTING = {"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat"}
 """Operators with integer kernels that give their output a grid of its own."""
-_PASSING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Slice", "Gather"}
+_PASSING = {
+    "MaxPool",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "DepthToSpace",
+    "SpaceToDepth",
+    "Slice",
+    "Gather",
+}
 """Operators that move elements: their output has the grid of their input."""
 
 
 def output_point(layer: Layer) -> ir.Value:
-    """Return the value at which a convolution's output is quantized: after a Relu or Clip at zero, which the grid absorbs."""
+    """Return the value at which a convolution's output is quantized: after a Relu or Clip at zero, which
+    the grid absorbs."""
     return _after_activation(layer.node)
 
 
@@ -38,7 +53,8 @@ def _after_activation(node: ir.Node) -> ir.Value:
 def moved_into_subgraph(value: ir.Value) -> bool:
     """Return whether a subgraph reads a moving operator's output that comes from `value` by moving alone.
 
-    ONNX Runtime aborts the process where it finds DequantizeLinear, Reshape (or the like) and such a reader in a row: seen up to 1.31.1.
+    ONNX Runtime aborts the process where it finds DequantizeLinear, Reshape (or the like) and such a reader
+    in a row: seen up to 1.31.1.
     """
     movers = [use.node for use in value.uses() if use.node.op_type in _PASSING and use.node.domain == ""]
     return any(_read_in_subgraph(mover) or moved_into_subgraph(mover.outputs[0]) for mover in movers)
@@ -58,9 +74,13 @@ def _absorbed(node: ir.Node) -> bool:
 
 
 def region_values(
-    nodes: Iterable[ir.Node], convolutions: Collection[Layer], anchors: Collection[ir.Node], holdable: Callable[[ir.Value], bool]
+    nodes: Iterable[ir.Node],
+    convolutions: Collection[Layer],
+    anchors: Collection[ir.Node],
+    holdable: Callable[[ir.Value], bool],
 ) -> dict[ir.Value, ir.Value]:
-    """Return the values of the integer regions, each with the value whose grid it has (itself, or the source of a moving operator).
+    """Return the values of the integer regions, each with the value whose grid it has (itself, or the source
+    of a moving operator).
 
     Args:
         nodes: of the main graph, topologically sorted.
@@ -85,7 +105,9 @@ def _point(node: ir.Node) -> ir.Value | None:
     return _after_activation(node) if node.op_type == "Add" else node.outputs[0]
 
 
-def _grid_source(node: ir.Node, region: dict[ir.Value, ir.Value], holdable: Callable[[ir.Value], bool]) -> ir.Value | None:
+def _grid_source(
+    node: ir.Node, region: dict[ir.Value, ir.Value], holdable: Callable[[ir.Value], bool]
+) -> ir.Value | None:
     first = node.inputs[0] if node.inputs else None
     point = _point(node)
     if first is None or point is None or first not in region or moved_into_subgraph(point):

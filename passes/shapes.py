@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Infer types and shapes in place; where onnx cannot, or an operator contradicts what is declared, the model stays as it is.
+    """Infer types and shapes in place; where onnx cannot, or an operator contradicts what is declared, the
+    model stays as it is.
 
     The pass of onnx-ir of this name turns the type of a sequence into that of a tensor.
     """

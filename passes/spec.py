@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text form of passes and pipelines, which round-trips: ``canonicalize,quantize-weights{bits=4,block=32}``."""
+"""The text form of passes and pipelines, which round-trips: ``canonicalize,quantize-
+weights{bits=4,block=32}``."""
 
 from __future__ import annotations
 
@@ -80,14 +81,21 @@ def pass_from_options(name: str, options: Mapping[str, object], table: Sequence[
     """
     kinds = {kind.name: kind for kind in table}
     if name not in kinds:
-        raise SpecError(f"unknown pass '{name}'.{did_you_mean(name, kinds)} Known: {', '.join(sorted(kinds))}.")
+        raise SpecError(
+            f"unknown pass '{name}'.{did_you_mean(name, kinds)} Known: {', '.join(sorted(kinds))}."
+        )
     known = option_types(kinds[name])
     for option in options:
         if option not in known:
-            raise SpecError(f"{name} has no option '{option}'.{did_you_mean(option, known)} Options: {', '.join(known)}.")
-    values = {option.replace("_", "-"): _typed(name, option, value, known[option]) for option, value in options.items()}
+            raise SpecError(
+                f"{name} has no option '{option}'.{did_you_mean(option, known)} Options: {', '.join(known)}."
+            )
+    values: dict[str, typing.Any] = {
+        option.replace("-", "_"): _typed(name, option, value, known[option])
+        for option, value in options.items()
+    }
     try:
-        return kinds[name](**{option.replace("-", "_"): value for option, value in values.items()})
+        return kinds[name](**values)
     except ValueError as error:
         raise SpecError(f"{name}: {error}") from error
 
@@ -114,7 +122,10 @@ def _typed(name: str, option: str, value: object, kind: object) -> object:
     try:
         return _convert(value, kind)
     except (ValueError, TypeError) as error:
-        raise SpecError(f"{name}: option {option}={value} is not {_type_text(kind)}.{error if str(error)[:1] == ' ' else ''}") from error
+        raise SpecError(
+            f"{name}: option {option}={value} is not "
+            f"{_type_text(kind)}.{error if str(error)[:1] == ' ' else ''}"
+        ) from error
 
 
 def _convert(value: object, kind: object) -> object:
@@ -147,7 +158,9 @@ def _scalar(value: object, kind: object) -> object:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "false": False}.get(str(value)) if str(value) in ("true", "false") else _refuse()
+        return (
+            {"true": True, "false": False}.get(str(value)) if str(value) in ("true", "false") else _refuse()
+        )
     if kind is str:
         if not isinstance(value, str):
             _refuse()
@@ -156,8 +169,8 @@ def _scalar(value: object, kind: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         _refuse()
     if kind is int:
-        return int(value) if not isinstance(value, float) else _refuse()  # type: ignore[arg-type]
-    return float(value)  # type: ignore[arg-type]
+        return int(value) if not isinstance(value, float) else _refuse()
+    return float(value)
 
 
 def _refuse() -> typing.NoReturn:
@@ -167,7 +180,9 @@ def _refuse() -> typing.NoReturn:
 def _type_text(kind: object) -> str:
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("none" if part is type(None) else _type_text(part) for part in typing.get_args(kind))
+        return " or ".join(
+            "none" if part is type(None) else _type_text(part) for part in typing.get_args(kind)
+        )
     if origin is tuple:
         return f"a list of {_type_text(typing.get_args(kind)[0])}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Emitting static int8: Q/DQ on the values of integer regions and on the edges into linear layers, then the layers themselves."""
+"""Emitting static int8: Q/DQ on the values of integer regions and on the edges into linear layers, then
+the layers themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Grids = Mapping[str, ActivationGrid]
 
 
 def trial_carrier(layers: Sequence[Layer], grids: Grids, levels: int) -> Callable[[Layer], Carried | None]:
-    """Return a function that emits a layer (of a copy of the model) with quantized input and weight, its output left in float."""
+    """Return a function that emits a layer (of a copy of the model) with quantized input and weight, its
+    output left in float."""
     names = {layer.name for layer in layers}
 
     def carry(layer: Layer) -> Carried | None:
@@ -33,7 +35,9 @@ def trial_carrier(layers: Sequence[Layer], grids: Grids, levels: int) -> Callabl
     return carry
 
 
-def quantize_statically(model: ir.Model, layers: Sequence[Layer], grids: Grids, levels: int, findings: Findings) -> None:
+def quantize_statically(
+    model: ir.Model, layers: Sequence[Layer], grids: Grids, levels: int, findings: Findings
+) -> None:
     """Replace `layers` by their static int8 form, regions included, and record each with its weight."""
     convolutions = [layer for layer in layers if layer.kind is LayerKind.CONV]
     nodes = [layer.node for layer in layers]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trial: the local error of low-bit layers, each fed with the float model's own activations, before anything is replaced.
+"""Trial: the local error of low-bit layers, each fed with the float model's own activations, before anything
+is replaced.
 
-A copy of the model computes each layer twice, as it is and in low precision, and the two outputs are compared over calibration data. So
+A copy of the model computes each layer twice, as it is and in low precision, and the two outputs are compared
+over calibration data. So
 the error is the layer's own and not what came before it.
 """
 
@@ -33,7 +35,8 @@ _BATCHES = 4
 
 @dataclass
 class _Decibels:
-    """Mean over rows of 10 log10(signal / noise): a few rows of great energy must not hide the error of all others."""
+    """Mean over rows of 10 log10(signal / noise): a few rows of great energy must not hide the error of
+    all others."""
 
     total: float = 0.0
     rows: int = 0
@@ -56,7 +59,8 @@ def local_sqnr(
 ) -> Mapping[str, float]:
     """Return, by layer name, the SQNR in dB of each layer's low-bit output against its float output.
 
-    It is the mean over rows: tokens (all axes but the last) of a linear layer, samples (the first axis) of a convolution.
+    It is the mean over rows: tokens (all axes but the last) of a linear layer, samples (the first axis)
+        of a convolution.
 
     Args:
         model: float model; it is not changed.
@@ -81,5 +85,7 @@ def local_sqnr(
         results = session.run(feeds, taps)
         for name, (reference, actual) in pairs.items():
             rank = results[reference].ndim
-            sums[name].add(results[reference], results[actual], row_axes=rank - 1 if name in linear else min(1, rank))
+            sums[name].add(
+                results[reference], results[actual], row_axes=rank - 1 if name in linear else min(1, rank)
+            )
     return {name: item.mean() for name, item in sums.items()}

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn Gemm so that its constant weight is [K, N] (transB = 0) with alpha = beta = 1: the layout that the kernels want."""
+"""Turn Gemm so that its constant weight is [K, N] (transB = 0) with alpha = beta = 1: the layout that the
+kernels want."""
 
 from __future__ import annotations
 
@@ -13,9 +14,15 @@ __all__ = ["turn_gemms"]
 
 
 def turn_gemms(model: ir.Model) -> int:
-    """Fold transB, alpha and beta into constant operands; return how many Gemms changed. A shared weight is turned once."""
+    """Fold transB, alpha and beta into constant operands; return how many Gemms changed. A shared weight
+    is turned once."""
     turned: dict[tuple[ir.Value, bool, float], ir.Value] = {}
-    return sum(_turn(node, turned) for graph in model.graphs() for node in graph if node.op_type == "Gemm" and node.domain == "")
+    return sum(
+        _turn(node, turned)
+        for graph in model.graphs()
+        for node in graph
+        if node.op_type == "Gemm" and node.domain == ""
+    )
 
 
 def _turn(node: ir.Node, turned: dict[tuple[ir.Value, bool, float], ir.Value]) -> bool:

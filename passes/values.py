@@ -11,7 +11,20 @@ import onnx_ir as ir
 from splitfold.passes.identity import inherit
 from splitfold.runtime.feeds import Array
 
-__all__ = ["add_initializer", "constant", "drop_initializer", "drop_unused", "emit", "float_attribute", "forget_names", "import_domains", "int_attribute", "ints_attribute", "replace_value", "sole_consumer"]
+__all__ = [
+    "add_initializer",
+    "constant",
+    "drop_initializer",
+    "drop_unused",
+    "emit",
+    "float_attribute",
+    "forget_names",
+    "import_domains",
+    "int_attribute",
+    "ints_attribute",
+    "replace_value",
+    "sole_consumer",
+]
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -24,7 +37,8 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
 def add_initializer(graph: ir.Graph, name: str, tensor: Array | ir.TensorProtocol) -> ir.Value:
     """Add an initializer to `graph` under a free name made from `name`, and return its value.
 
-    A second initializer of one name would silently replace the first. One of that name with the same content is returned as it is, so that
+    A second initializer of one name would silently replace the first. One of that name with the same content
+    is returned as it is, so that
     layers that share a weight share its quantized form.
     """
     taken = _taken_names(graph)
@@ -36,8 +50,14 @@ def add_initializer(graph: ir.Graph, name: str, tensor: Array | ir.TensorProtoco
         count += 1
         free = f"{name}_{count}"
     taken.add(free)
-    held = ir.tensor(np.array(tensor, order="C"), name=free) if isinstance(tensor, np.ndarray | np.generic) else tensor
-    value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(held.shape), const_value=held)
+    held = (
+        ir.tensor(np.array(tensor, order="C"), name=free)
+        if isinstance(tensor, np.ndarray | np.generic)
+        else tensor
+    )
+    value = ir.Value(
+        name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(held.shape.numpy()), const_value=held
+    )
     graph.register_initializer(value)
     return value
 
@@ -46,7 +66,8 @@ _TAKEN = "splitfold.taken_names"
 
 
 def forget_names(model: ir.Model) -> None:
-    """Look afresh at which names are taken: call it where values may have come or gone by other means than `emit`.
+    """Look afresh at which names are taken: call it where values may have come or gone by other means than
+    `emit`.
 
     All graphs of a model share one set, as a name in a subgraph must not be one of the graphs around it.
     """
@@ -57,7 +78,8 @@ def forget_names(model: ir.Model) -> None:
 
 
 def import_domains(model: ir.Model) -> None:
-    """Import, as version 1, domains that nodes of any graph use and the model does not: onnx demands it, the runtime does not."""
+    """Import, as version 1, domains that nodes of any graph use and the model does not: onnx demands it,
+    the runtime does not."""
     known = {*model.opset_imports, "", "ai.onnx"}
     for domain in sorted({node.domain for node in model.graph.all_nodes()} - known):
         model.graph.opset_imports[domain] = 1
@@ -172,7 +194,13 @@ def drop_unused(nodes: Iterable[ir.Node]) -> None:
 
 def drop_initializer(value: ir.Value | None) -> None:
     """Remove an initializer that nobody reads any more; anything else is left alone."""
-    if value is None or value.uses() or value.is_graph_output() or value.is_graph_input() or not value.is_initializer():
+    if (
+        value is None
+        or value.uses()
+        or value.is_graph_output()
+        or value.is_graph_input()
+        or not value.is_initializer()
+    ):
         return
     owner = value.graph
     if owner is not None and value.name is not None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An artifact: the compiled model, and the manifest that says how it came about. Loading one needs onnxruntime and no torch."""
+"""An artifact: the compiled model, and the manifest that says how it came about.
+
+Loading one needs onnxruntime and no torch.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ __all__ = ["MANIFEST_FILE", "MANIFEST_KEY", "Artifact", "read_manifest"]
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_KEY = "splitfold.manifest"
-"""Key of the model's own metadata under which the manifest travels, so that a bare ``.onnx`` can be replayed."""
+"""Key of the model's own metadata under which the manifest travels, so that a bare ``.onnx`` can be
+replayed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Artifact:
 
     Attributes:
         model: the ONNX graph.
-        manifest: what made it: pipeline, records, versions, digests, signature, verification. Plain JSON values.
+        manifest: what made it: pipeline, records, versions, digests, signature, verification. Plain JSON
+            values.
         target: where it runs.
         records: the pass records, with times; empty for an artifact that was loaded.
     """
@@ -51,7 +56,8 @@ class Artifact:
         return Session(self.model, self.target, threads=threads)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write ``model.onnx`` (weights beside it above 1.5 GB) and ``manifest.json`` into `folder`, all or nothing, and return it.
+        """Write ``model.onnx`` (weights beside it above 1.5 GB) and ``manifest.json`` into `folder`, all or
+        nothing, and return it.
 
         The same artifact gives the same bytes: no time, no machine stands in them.
 
@@ -67,7 +73,8 @@ class Artifact:
         return place
 
     def save_model(self, path: str | Path) -> Path:
-        """Write the model alone as one ``.onnx`` file (replacing it), weights beside it above 1.5 GB, and return its path.
+        """Write the model alone as one ``.onnx`` file (replacing it), weights beside it above 1.5 GB, and
+        return its path.
 
         Raises:
             ArtifactError: it cannot be written; what was there before remains.
@@ -81,7 +88,9 @@ class Artifact:
 
     def _stamped(self) -> ir.Model:
         model = self.model.clone()
-        model.metadata_props[MANIFEST_KEY] = json.dumps(dict(self.manifest), sort_keys=True, ensure_ascii=False)
+        model.metadata_props[MANIFEST_KEY] = json.dumps(
+            dict(self.manifest), sort_keys=True, ensure_ascii=False
+        )
         return model
 
     @staticmethod
@@ -98,7 +107,9 @@ class Artifact:
             if not file.is_file():
                 raise ArtifactError(f"{place} lacks {name}, which its manifest names.")
             if file_digest(file) != digest:
-                raise ArtifactError(f"{file} is not the file that was verified: its digest differs from the manifest's.")
+                raise ArtifactError(
+                    f"{file} is not the file that was verified: its digest differs from the manifest's."
+                )
         kept = {key: value for key, value in manifest.items() if key != "files"}
         return Artifact(read_model(place / MODEL_FILE), kept)
 
@@ -118,7 +129,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST_FILE}.") from error
     except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} carries no readable manifest: splitfold did not write it, or it was changed.") from error
+        raise ArtifactError(
+            f"{path} carries no readable manifest: splitfold did not write it, or it was changed."
+        ) from error
     if not isinstance(manifest, dict):
         raise ArtifactError(f"{path} carries no readable manifest.")
     return manifest

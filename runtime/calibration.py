@@ -23,7 +23,8 @@ __all__ = ["Calibration"]
 class Calibration:
     """Batches of feeds that can be walked as often as an analysis needs.
 
-    Build it with `of` (any source) or `from_path` (an ``.npz`` file or a folder of them). Only one batch is held at a time.
+    Build it with `of` (any source) or `from_path` (an ``.npz`` file or a folder of them). Only one batch is
+    held at a time.
     """
 
     batches: Callable[[], Iterator[Feeds]]
@@ -39,8 +40,10 @@ class Calibration:
         """Return calibration data from whatever the user has.
 
         Args:
-            source: a `Calibration`; a path; one feeds mapping; a re-iterable of feeds (list, ``torch.utils.data.DataLoader``);
-                a function that returns a fresh iterator. A batch may be a mapping by input name, or a tuple (or one array) in the order of `inputs`.
+            source: a `Calibration`; a path; one feeds mapping; a re-iterable of feeds (list,
+                ``torch.utils.data.DataLoader``);
+                a function that returns a fresh iterator. A batch may be a mapping by input name, or a tuple
+                (or one array) in the order of `inputs`.
             inputs: the model's input names, for batches that are not mappings.
             batch: samples a batch, where `source` is one ``.npz`` file.
 
@@ -55,25 +58,30 @@ class Calibration:
             return Calibration(lambda: iter([_feeds(source, inputs)]))
         if isinstance(source, Iterator):
             raise CalibrationError(
-                "calibration is a one-shot iterator, and it is walked more than once: pass the generator function itself, or a list."
+                "calibration is a one-shot iterator, and it is walked more than once: pass the generator "
+                "function itself, or a list."
             )
         start = source if callable(source) and not isinstance(source, Iterable) else None
         if start is None and not isinstance(source, Iterable):
             raise CalibrationError(
-                f"calibration is a {type(source).__name__}: pass an iterable of feeds, a generator function, an .npz path or a folder."
+                f"calibration is a {type(source).__name__}: pass an iterable of feeds, a generator "
+                "function, an .npz path or a folder."
             )
 
         def walk() -> Iterator[Feeds]:
             items = start() if start is not None else source
             if not isinstance(items, Iterable):
-                raise CalibrationError(f"the calibration function returned a {type(items).__name__}, not an iterator of feeds.")
+                raise CalibrationError(
+                    f"the calibration function returned a {type(items).__name__}, not an iterator of feeds."
+                )
             return (_feeds(item, inputs) for item in items)
 
         return Calibration(walk)
 
     @staticmethod
     def from_path(path: Path, *, batch: int = 16) -> Calibration:
-        """Return the samples of an ``.npz`` (keys are input names, first axis = sample) or of a folder of ``.npz`` files.
+        """Return the samples of an ``.npz`` (keys are input names, first axis = sample) or of a folder of
+        ``.npz`` files.
 
         In a folder each file is one batch as it stands. A single file is cut into batches of `batch` samples.
 
@@ -92,12 +100,14 @@ class Calibration:
             raise CalibrationError(f"{path} holds no sample.")
         if wrong := [name for name, count in counts.items() if arrays[name].ndim and count != samples]:
             raise CalibrationError(
-                f"{path}: first axes differ ({ {n: counts[n] for n in counts} }): '{wrong[0]}' should have {samples} samples."
+                f"{path}: first axes differ ({ {n: counts[n] for n in counts} }): '{wrong[0]}' should have "
+                f"{samples} samples."
             )
         return Calibration(lambda: _cut(arrays, samples, batch), lambda size: _cut(arrays, samples, size))
 
     def fitted(self, model: ir.Model) -> Calibration:
-        """Return the same samples in batches of the size that `model` is fixed to; unchanged where its batch axis is free.
+        """Return the same samples in batches of the size that `model` is fixed to; unchanged where its batch
+        axis is free.
 
         Samples that do not fill a last batch of a fixed size are left out.
         """
@@ -147,7 +157,8 @@ def _fixed_batch(model: ir.Model) -> int | None:
 
 
 def _full(batches: Iterable[Feeds], size: int) -> Iterator[Feeds]:
-    """Yield the batches of `size` samples, and a first one in any case: an error can then say what it holds."""
+    """Yield the batches of `size` samples, and a first one in any case: an error can then say what it
+    holds."""
     for position, feeds in enumerate(batches):
         if position == 0 or all(array.ndim == 0 or len(array) == size for array in feeds.values()):
             yield feeds
@@ -159,7 +170,9 @@ def _feeds(item: object, inputs: tuple[str, ...]) -> Feeds:
     values = list(item) if isinstance(item, tuple | list) else [item]
     names = inputs or tuple(f"{position}" for position in range(len(values)))
     if len(values) < len(names):
-        raise CalibrationError(f"a calibration batch has {len(values)} arrays, the model has {len(names)} inputs: {names}.")
+        raise CalibrationError(
+            f"a calibration batch has {len(values)} arrays, the model has {len(names)} inputs: {names}."
+        )
     return {name: _array(value) for name, value in zip(names, values, strict=False)}
 
 
@@ -176,7 +189,15 @@ def _load(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        OSError,
+        AttributeError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise CalibrationError(f"{path} is not an .npz of arrays: {error}") from error
 
 

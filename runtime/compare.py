@@ -24,7 +24,8 @@ class Deviation:
         relative: L2 norm of the difference over L2 norm of the reference; 0 is equal.
         cosine: cosine of the two, flattened; 1 is equal.
         sqnr_db: 20 log10 of 1 / `relative`, in decibel; infinite is equal.
-        top1: share of rows (last axis) whose largest element agrees; None where the last axis has fewer than two elements.
+        top1: share of rows (last axis) whose largest element agrees; None where the last axis has fewer
+            than two elements.
     """
 
     max_abs: float
@@ -40,9 +41,11 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Exactness:
-    """How equal two outputs are up to re-association: the largest |difference| over (atol + rtol |reference|).
+    """How equal two outputs are up to re-association: the largest |difference| over (atol + rtol
+    |reference|).
 
-    At most 1 is equal. `atol` is `rtol` times the reference's root mean square, so that cancellation does not count.
+    At most 1 is equal. `atol` is `rtol` times the reference's root mean square, so that cancellation does not
+    count.
     """
 
     excess: float
@@ -90,12 +93,17 @@ class Distance:
         noise, signal, power = self.noise, self.signal, self.power
         relative = math.sqrt(noise / signal) if signal else (0.0 if noise == 0 else math.inf)
         cosine = self.dot / math.sqrt(signal * power) if signal and power else float(signal == power)
-        sqnr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
+        sqnr = (
+            -20 * math.log10(relative)
+            if 0 < relative < math.inf
+            else (math.inf if relative == 0 else -math.inf)
+        )
         return Deviation(self.largest, relative, cosine, sqnr, self.hits / self.rows if self.rows else None)
 
 
 def deviation(reference: Iterable[Array], actual: Iterable[Array]) -> Deviation:
-    """Return the deviation over pairs of arrays of equal shape (any float or integer dtype, summed in float64).
+    """Return the deviation over pairs of arrays of equal shape (any float or integer dtype, summed in
+    float64).
 
     Equal infinities at equal places count as equal. An integer or Boolean array is compared by value.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of models in memory: of the structure (cheap, for telling whether a pass changed anything) and of the content (for replay)."""
+"""Digests of models in memory: of the structure (cheap, for telling whether a pass changed anything) and
+of the content (for replay)."""
 
 from __future__ import annotations
 
@@ -23,13 +24,17 @@ def structure_digest(model: ir.Model) -> str:
 
 
 def content_digest(model: ir.Model) -> str:
-    """Return a digest over operators, names, edges, attributes, types and the bytes of all tensors; metadata does not count."""
+    """Return a digest over operators, names, edges, attributes, types and the bytes of all tensors;
+    metadata does not count."""
     return _digest(_parts(model, _tensor_digest, metadata=False))
 
 
 def feeds_digest(feeds: Feeds) -> str:
     """Return a digest over names, dtypes, shapes and bytes."""
-    texts = (f"{name}:{a.dtype}:{a.shape}:{hashlib.sha256(_bytes(a)).hexdigest()}" for name, a in sorted(feeds.items()))
+    texts = (
+        f"{name}:{a.dtype}:{a.shape}:{hashlib.sha256(_bytes(a)).hexdigest()}"
+        for name, a in sorted(feeds.items())
+    )
     return _digest(texts)
 
 

@@ -6,7 +6,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ArtifactError", "CalibrationError", "SessionError", "SplitfoldError", "UnsupportedError", "did_you_mean"]
+__all__ = [
+    "ArtifactError",
+    "CalibrationError",
+    "SessionError",
+    "SplitfoldError",
+    "UnsupportedError",
+    "did_you_mean",
+]
 
 
 class SplitfoldError(Exception):
@@ -16,7 +23,8 @@ class SplitfoldError(Exception):
 class SessionError(SplitfoldError):
     """ONNX Runtime refused or failed to run a model.
 
-    Common causes: feeds of another name, shape or dtype than the model's inputs; a custom operator whose library is
+    Common causes: feeds of another name, shape or dtype than the model's inputs; a custom operator whose
+        library is
     not registered; a shape that the model computes and that does not fit. The message quotes the runtime.
     """
 
@@ -24,19 +32,22 @@ class SessionError(SplitfoldError):
 class CalibrationError(SplitfoldError):
     """Calibration data is missing, empty, or does not fit the model's inputs.
 
-    Common causes: a generator that is already used up (pass the generator *function*), an ``.npz`` whose keys are not the
+    Common causes: a generator that is already used up (pass the generator *function*), an ``.npz`` whose
+        keys are not the
     input names, NaN in the data. The message names the input and the batch.
     """
 
 
 class UnsupportedError(SplitfoldError):
-    """The model or the target holds something that splitfold does not handle; the message names the node and why."""
+    """The model or the target holds something that splitfold does not handle; the message names the node
+    and why."""
 
 
 class ArtifactError(SplitfoldError):
     """A model file or artifact folder cannot be read or written.
 
-    Common causes: a path that does not exist, a truncated file, missing external data next to the ``.onnx``, a folder that is
+    Common causes: a path that does not exist, a truncated file, missing external data next to the
+        ``.onnx``, a folder that is
     not empty (pass ``overwrite=True``), a full disk. Nothing half-written remains.
     """
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from splitfold.runtime.errors import UnsupportedError, did_you_mean
 
 __all__ = ["Array", "Feeds", "check_feeds", "model_inputs", "synthetic_feeds"]
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+Array = np.ndarray[tuple[Any, ...], np.dtype[Any]]
 Feeds = Mapping[str, Array]
 """Inputs of one run: array by input name."""
 
@@ -26,7 +27,8 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
 
 
 def check_feeds(model: ir.Model, feeds: Feeds, *, where: str = "the feeds") -> None:
-    """Raise ``ValueError`` with the first mismatch of `feeds` against the model's inputs (name, rank, size, dtype, NaN)."""
+    """Raise ``ValueError`` with the first mismatch of `feeds` against the model's inputs (name, rank,
+    size, dtype, NaN)."""
     known = {value.name or "": value for value in model.graph.inputs}
     for name in feeds:
         if name not in known:
@@ -36,16 +38,22 @@ def check_feeds(model: ir.Model, feeds: Feeds, *, where: str = "the feeds") -> N
             )
     for value in model_inputs(model):
         if value.name not in feeds:
-            raise ValueError(f"{where} lack the input '{value.name}'. Given: {', '.join(feeds) or 'nothing'}.")
+            raise ValueError(
+                f"{where} lack the input '{value.name}'. Given: {', '.join(feeds) or 'nothing'}."
+            )
     for name, array in feeds.items():
         _check_array(known[name], np.asarray(array), where)
 
 
 def _check_array(value: ir.Value, array: Array, where: str) -> None:
     if value.dtype is not None and value.dtype != ir.DataType.STRING and array.dtype != value.dtype.numpy():
-        raise ValueError(f"{where}: '{value.name}' is {array.dtype}, the model expects {value.dtype.numpy()}.")
+        raise ValueError(
+            f"{where}: '{value.name}' is {array.dtype}, the model expects {value.dtype.numpy()}."
+        )
     if value.shape is not None and not _fits(value.shape, array.shape):
-        raise ValueError(f"{where}: '{value.name}' has shape {list(array.shape)}, the model expects {value.shape}.")
+        raise ValueError(
+            f"{where}: '{value.name}' has shape {list(array.shape)}, the model expects {value.shape}."
+        )
     if array.dtype.kind == "f" and np.isnan(array).any():
         raise ValueError(f"{where}: '{value.name}' holds NaN.")
 
@@ -59,7 +67,8 @@ def _fits(shape: ir.Shape, actual: Sequence[int]) -> bool:
 def synthetic_feeds(model: ir.Model, *, seed: int = 0, size: int = 8) -> dict[str, Array]:
     """Return seeded feeds of the right shapes and dtypes and of plausible ranges.
 
-    Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere). Floats are standard normal, integers are indices that
+    Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere). Floats are
+    standard normal, integers are indices that
     the tables they select from can hold (else 0 or 1), masks (`*mask*`) are ones, booleans are true.
 
     Raises:
@@ -88,7 +97,8 @@ class _Sizes(dict[str, int]):
 def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes) -> Array:
     if value.shape is None or value.dtype is None or not isinstance(value.type, ir.TensorType):
         raise UnsupportedError(
-            f"no synthetic feed can be made for input '{value.name}' ({value.type}, shape unknown): pass example inputs."
+            f"no synthetic feed can be made for input '{value.name}' ({value.type}, shape unknown): pass "
+            "example inputs."
         )
     shape = [sizes.of(dim, axis) for axis, dim in enumerate(value.shape)]
     if value.dtype == ir.DataType.STRING:
@@ -101,11 +111,22 @@ def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes) -> Arra
     return rng.standard_normal(shape).astype(dtype)
 
 
-_KEEPS_VALUES = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+_KEEPS_VALUES = {
+    "Cast",
+    "Expand",
+    "Flatten",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
 
 
 def _index_limit(value: ir.Value) -> int:
-    """Return the row count of the smallest table that `value` indexes, through moves and casts; 2 where it indexes none."""
+    """Return the row count of the smallest table that `value` indexes, through moves and casts; 2 where it
+    indexes none."""
     rows: list[int] = []
     pending, seen = [value], {value}
     while pending:

@@ -15,7 +15,18 @@ import onnx_ir as ir
 
 from splitfold.runtime.errors import ArtifactError
 
-__all__ = ["MODEL_FILE", "WEIGHTS_FILE", "check_folder", "file_digest", "model_path", "new_folder", "read_model", "scratch_folder", "weight_bytes", "write_model"]
+__all__ = [
+    "MODEL_FILE",
+    "WEIGHTS_FILE",
+    "check_folder",
+    "file_digest",
+    "model_path",
+    "new_folder",
+    "read_model",
+    "scratch_folder",
+    "weight_bytes",
+    "write_model",
+]
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -52,7 +63,9 @@ def read_model(path: Path) -> ir.Model:
     try:
         model = ir.load(path)
     except Exception as error:
-        raise ArtifactError(f"{path} is not an ONNX model, or it is truncated ({type(error).__name__}: {error}).") from error
+        raise ArtifactError(
+            f"{path} is not an ONNX model, or it is truncated ({type(error).__name__}: {error})."
+        ) from error
     if not len(model.graph) and not model.graph.outputs:
         raise ArtifactError(f"{path} holds no graph: it is not an ONNX model, or it is truncated.")
     if not model.opset_imports and model.ir_version >= 3:
@@ -69,10 +82,14 @@ def _check_external(model: ir.Model, path: Path) -> None:
                 continue
             data = Path(tensor.path)
             if not data.is_file():
-                raise ArtifactError(f"{path}: external data of '{value.name}' is missing: {data} does not exist.")
+                raise ArtifactError(
+                    f"{path}: external data of '{value.name}' is missing: {data} does not exist."
+                )
             end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
             if data.stat().st_size < end:
-                raise ArtifactError(f"{path}: external data of '{value.name}' is truncated: {data} ends before byte {end}.")
+                raise ArtifactError(
+                    f"{path}: external data of '{value.name}' is truncated: {data} ends before byte {end}."
+                )
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -111,7 +128,8 @@ def _reason(error: OSError) -> str:
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise `ArtifactError` where `folder` is a file, is not empty and `overwrite` is false, or may not be looked at."""
+    """Raise `ArtifactError` where `folder` is a file, is not empty and `overwrite` is false, or may not be
+    looked at."""
     try:
         is_file, is_full = folder.is_file(), folder.is_dir() and any(folder.iterdir())
     except OSError as error:

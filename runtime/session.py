@@ -44,7 +44,8 @@ class Session:
         target: where it runs.
         threads: intra-operator threads; 0 is the runtime's choice.
         optimization: how far the runtime may rewrite the graph.
-        taps: names of internal values that `run` will be asked for; naming them here saves opening the model again.
+        taps: names of internal values that `run` will be asked for; naming them here saves opening the
+            model again.
 
     Raises:
         SessionError: the runtime refuses the model.
@@ -74,7 +75,9 @@ class Session:
         try:
             return ort.InferenceSession(self._source(model), self._options, providers=[self._target.provider])
         except Exception as error:
-            raise SessionError(f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}") from error
+            raise SessionError(
+                f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}"
+            ) from error
 
     def _source(self, model: ir.Model | str | Path) -> str | bytes:
         if isinstance(model, str | Path):
@@ -92,7 +95,9 @@ class Session:
         """
         names = [*self.outputs, *(tap for tap in taps if tap not in self.outputs)]
         if unknown := set(taps) - self._known:
-            self._session = self._open(_with_taps(self._model, [*self._known - set(self.outputs), *sorted(unknown)]))
+            self._session = self._open(
+                _with_taps(self._model, [*self._known - set(self.outputs), *sorted(unknown)])
+            )
             self._known |= unknown
         try:
             results = self._session.run(names, {name: np.asarray(feeds[name]) for name in feeds})
@@ -130,7 +135,8 @@ def _with_taps(model: ir.Model | str | Path, taps: Sequence[str]) -> ir.Model:
 
 
 def optimized_graph(model: ir.Model | Path, target: Target) -> ir.Model:
-    """Open `model` as deployed and return the graph that the runtime really executes, without its weights' bytes.
+    """Open `model` as deployed and return the graph that the runtime really executes, without its weights'
+    bytes.
 
     Raises:
         SessionError: the runtime refuses the model.
@@ -139,15 +145,21 @@ def optimized_graph(model: ir.Model | Path, target: Target) -> ir.Model:
         written = Path(folder) / "optimized.onnx"
         options = _options(0, Optimization.ALL)
         options.optimized_model_filepath = str(written)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "weights.bin"
+        )
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        )
         source = model
         if isinstance(model, ir.Model):
             source = write_model(model.clone(), Path(folder), "source.onnx")[0]
         try:
             ort.InferenceSession(str(source), options, providers=[target.provider])
         except Exception as error:
-            raise SessionError(f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}") from error
+            raise SessionError(
+                f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}"
+            ) from error
         return ir.load(written)
 
 

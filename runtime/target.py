@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets: what runs the artifact, and which low-bit carriers it has. A target is data; passes ask it, never name it."""
+"""Targets: what runs the artifact, and which low-bit carriers it has.
+
+A target is data; passes ask it, never name it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class Carrier(enum.Enum):
     STATIC_QDQ = "static-qdq"
     """QuantizeLinear/DequantizeLinear around the operator, fused by the runtime to an integer kernel."""
     DYNAMIC_INT8 = "dynamic-int8"
-    """DynamicQuantizeLinear and MatMulInteger, fused by the runtime to DynamicQuantizeMatMul / MatMulIntegerToFloat."""
+    """DynamicQuantizeLinear and MatMulInteger, fused by the runtime to DynamicQuantizeMatMul /
+    MatMulIntegerToFloat."""
     MATMUL_NBITS = "matmul-nbits"
     """com.microsoft::MatMulNBits: block-wise weights."""
     BLOCKED_DEQUANTIZE = "blocked-dequantize"
@@ -44,7 +48,8 @@ class Target:
         opset: newest default-domain opset that the target is known to run.
         carriers: the low-bit carriers that the provider has kernels for.
         domains: operator domains that the provider has kernels for.
-        weight_levels: largest magnitude of an 8-bit weight code: 127, or 63 (7 bits) where u8 x s8 sums saturate (x86 without VNNI).
+        weight_levels: largest magnitude of an 8-bit weight code: 127, or 63 (7 bits) where u8 x s8 sums
+            saturate (x86 without VNNI).
         low_bit_kernels: operator types of the runtime's optimised graph that compute in low precision.
     """
 

@@ -34,7 +34,7 @@ class _Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, Array] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        features, channels, size = self._size(), self._size(), int(rng.integers(5, 9))
+        features, channels, size = int(rng.choice([16, 32, 7])), self._size(), int(rng.integers(5, 9))
         starts = [(features,), (int(rng.integers(2, 6)), features), (channels, size, size)]
         chosen = rng.permutation(3)[: int(rng.integers(1, 4))]
         self.inputs = {f"x{index}": starts[index] for index in sorted(chosen)}
@@ -174,7 +174,7 @@ def _pool(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
 
 def _if(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
     at = len(graph.nodes)
-    total = graph.add("ReduceSum", [value], (), keepdims=0)
+    total = graph.add("ReduceSum", [next(iter(graph.inputs))], (), keepdims=0)  # no rounding may flip it
     flag = graph.add("Less", [total, graph.constant(np.array(0, np.float32))], ())
     del graph.shapes[total], graph.shapes[flag]
     weight = graph.weight((shape[-1], shape[-1]))

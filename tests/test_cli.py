@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from splitfold.passes.base import Pass
 from splitfold.passes.spec import option_types
 from splitfold.passes.table import PASSES
 from splitfold.runtime.artifact import read_manifest
+from splitfold.runtime.target import Target
 
 Run = Callable[..., Result]
 COMMANDS = ("compile", "opt", "passes", "inspect", "compare", "bench", "replay", "demo")
@@ -212,6 +214,33 @@ def test_a_result_beyond_the_tolerance_is_not_written(run: Run) -> None:
     run(*command, "cosine=none,max-abs=10")
 
 
+@pytest.fixture
+def kernels_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the target have no kernel that computes in low precision."""
+    poor = dataclasses.replace(Target.cpu(), low_bit_kernels=frozenset())
+    monkeypatch.setattr("splitfold.runtime.target._NAMED", {"cpu": lambda: poor})
+
+
+@pytest.mark.usefixtures("kernels_gone")
+def test_layers_that_no_low_bit_kernel_computes(run: Run) -> None:
+    command = ("compile", "model.onnx", "--preset", "int4")
+    back = run(*command, "-o", "float").stdout
+    for layer in ("encoder.up", "encoder.down"):
+        assert f"put back to float: {layer}: no low-bit kernel of the target computes it" in back
+    assert {node.op_type for node in onnx.load("float/model.onnx").graph.node} == {"MatMul", "Add", "Relu"}
+    assert "identical, byte for byte" in run("replay", "float", "--model", "model.onnx").stdout
+    kept = run(*command, "-o", "kept", "--unrealised", "keep").stdout
+    assert "not realised: encoder.up runs as MatMulNBits" in kept
+    assert "not realised: encoder.up runs as MatMulNBits" in run("inspect", "kept").stdout
+    assert "identical, byte for byte" in run("replay", "kept", "--model", "model.onnx").stdout
+    failed = run(*command, "-o", "error", "--unrealised", "error", code=1)
+    _failed(
+        failed,
+        "run in no low-bit kernel; the first is 'encoder.up' (it runs as MatMulNBits)",
+    )
+    assert not Path("error").exists()
+
+
 def test_missing_calibration_is_said(run: Run) -> None:
     failed = run("compile", "model.onnx", "-o", "out", "--preset", "int8", code=1)
     _failed(failed, "calibration error:", "needs calibration data", "--calibration DATA")
@@ -300,6 +329,8 @@ def test_passes(run: Run) -> None:
 @pytest.mark.parametrize("kind", PASSES, ids=lambda kind: kind.name)
 def test_each_option_of_each_pass_has_its_help(run: Run, kind: type[Pass]) -> None:
     said = run("passes", kind.name).stdout
+    page = Path(__file__).parent / "passes" / f"{kind.name}.md"
+    assert page.is_file() == ("pipeline: " in said)
     for option in option_types(kind):
         assert re.search(rf"\n {option} +\S.*  +\S.*  +\S", said), f"{kind.name} says nothing on {option}"
 
@@ -323,6 +354,17 @@ def test_inspect_sees_static_and_dynamic_int8(run: Run) -> None:
     assert re.search(r"encoder\.up +\w+ +32 x 64 +int8, activations static", run("inspect", "s").stdout)
     run("compile", "model.onnx", "-o", "d", "--pipeline", "quantize-dynamic")
     assert re.search(r"encoder\.up +\w+ +32 x 64 +u?int8, activations dynamic", run("inspect", "d").stdout)
+
+
+def test_inspect_sees_weights_that_are_put_together_in_the_graph(run: Run) -> None:
+    made = onnx.helper.make_node
+    nodes = [
+        made("Constant", [], ["left"], name="left", value=initializer("left", 32, 5)),
+        made("Concat", ["left", "right"], ["w"], name="join", axis=1),
+        made("MatMul", ["x", "w"], ["y"], name="/up/MatMul"),
+    ]
+    saved(model_of(nodes, [initializer("right", 32, 3)]), Path("parts.onnx"))
+    assert re.search(r"\n up +MatMul +32 x 5 +float +1,024 ", run("inspect", "parts.onnx").stdout)
 
 
 def test_inspect_totals_add_up(run: Run) -> None:

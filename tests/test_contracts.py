@@ -34,17 +34,20 @@ from splitfold.runtime.session import Optimization, Session
 
 PAGES = Path(__file__).parent / "passes"
 SEEDS = range(120)
+RTOL = 3e-5
+"""Deep random graphs amplify what re-association changes."""
+EXACT = ("canonicalize", "fold-scales{min-gain=-100}", "fold-scales{data-free=true}", "legalize")
 LOSSY = {
-    "quantize-activations": 10.0,
-    "quantize-activations{calibrator=entropy,symmetric=true,weight-bits=7}": 3.0,
-    "quantize-activations{calibrator=mse,min-sqnr=30}": 10.0,
-    "quantize-dynamic": 20.0,
-    "quantize-dynamic{min-sqnr=35}": 20.0,
-    "quantize-embeddings{min-bytes=0}": 20.0,
-    "quantize-embeddings{bits=4,block=16,min-bytes=0}": 5.0,
-    "quantize-weights": 8.0,
-    "quantize-weights{bits=2,block=16,symmetric=true,accuracy-level=1}": -3.0,
-    "quantize-weights{bits=8,block=16,form=qdq}": 30.0,
+    "quantize-activations": 15.0,
+    "quantize-activations{calibrator=entropy,symmetric=true,weight-bits=7}": 15.0,
+    "quantize-activations{calibrator=mse,min-sqnr=30}": 15.0,
+    "quantize-dynamic": 25.0,
+    "quantize-dynamic{min-sqnr=35}": 30.0,
+    "quantize-embeddings{min-bytes=0}": 35.0,
+    "quantize-embeddings{bits=4,block=16,min-bytes=0}": 15.0,
+    "quantize-weights": 10.0,
+    "quantize-weights{bits=2,block=16,symmetric=true,accuracy-level=1}": 0.0,
+    "quantize-weights{bits=8,block=16,form=qdq}": 35.0,
 }
 """Lossy passes with options, and the dB that every output of a random graph keeps."""
 ids = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES])
@@ -192,13 +195,20 @@ def apply(step: Pass, before: ir.Model, feeds: Feeds) -> tuple[ir.Model, PassRec
     return after, record
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_random_graphs_stay_equal(seed: int) -> None:
-    start = started(seed)
-    after, _ = apply(CanonicalizePass(), start.model, start.feeds)
-    for name, actual in run(after, start.feeds).items():
-        found = exactness(start.reference[name], actual, rtol=1e-4)
-        assert found.excess <= 1, f"{name} moved by {found.max_abs:.3g}, {found.excess:.3g} times the bound"
+@pytest.mark.parametrize("text", EXACT)
+def test_random_graphs_stay_equal(text: str) -> None:
+    step = parse_pass(text, PASSES)
+    applied = 0
+    for seed in SEEDS:
+        start = started(seed)
+        before = start.model if isinstance(step, CanonicalizePass) else start.canonical
+        after, record = apply(step, before, start.feeds)
+        applied += len(record.applied)
+        for name, actual in run(after, start.feeds).items():
+            found = exactness(start.reference[name], actual, rtol=RTOL)
+            assert found.excess <= 1, f"seed {seed}: {name} moved by {found.max_abs:.3g}, {found.excess:.3g} times the bound"
+    print(f"\n{text}: {applied} rewrites in {len(SEEDS)} graphs")
+    assert applied >= (0 if text == "legalize" else 20)
 
 
 @pytest.mark.parametrize(("text", "floor"), LOSSY.items(), ids=list(LOSSY))
@@ -217,12 +227,13 @@ def test_random_graphs_stay_valid_and_finite(text: str, floor: float) -> None:
                 worst = min(worst, found.sqnr_db)
                 assert found.sqnr_db > floor, f"seed {seed}: {name} has {found} (optimisations {optimization.value})"
     print(f"\n{text}: {applied} layers applied in {len(seeds)} graphs, worst output {worst:.1f} dB")
-    assert applied >= 20
+    assert applied >= 10
 
 
-def test_every_lossy_pass_meets_random_graphs() -> None:
-    tried = {parse_pass(text, PASSES).name for text in LOSSY}
-    assert tried == {kind.name for kind in PASSES if kind.contract is Contract.LOSSY}
+def test_every_pass_meets_random_graphs() -> None:
+    for contract, texts in ((Contract.LOSSY, LOSSY), (Contract.EXACT, EXACT)):
+        tried = {parse_pass(text, PASSES).name for text in texts}
+        assert tried == {kind.name for kind in PASSES if kind.contract is contract}
 
 
 def test_random_graphs_hold_what_passes_rewrite() -> None:

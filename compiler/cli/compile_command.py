@@ -25,7 +25,7 @@ from splitfold.compiler.cli.options import (
     parse_unrealised,
     read_inputs,
 )
-from splitfold.compiler.cli.output import file_bytes, megabytes, say
+from splitfold.compiler.cli.output import errors, file_bytes, megabytes, say
 from splitfold.compiler.cli.report import print_report
 from splitfold.compiler.driver import compile
 from splitfold.compiler.locate import Located, locate_data, locate_model
@@ -71,7 +71,7 @@ def compile_command(
     check_folder(output, overwrite=overwrite)
     source = locate_model(model)
     feeds = read_inputs(inputs)
-    with Progress() as progress:
+    with Progress(errors()) as progress:
         artifact = compile(
             source.model,
             feeds if feeds is not None else source.example_inputs,

@@ -12,7 +12,7 @@ import numpy as np
 import typer
 
 from splitfold.compiler.cli.options import DebugOption
-from splitfold.compiler.cli.output import file_bytes, megabytes, out, table
+from splitfold.compiler.cli.output import errors, file_bytes, megabytes, out, table
 from splitfold.compiler.driver import compile
 from splitfold.compiler.inspection import LayerFacts, inspect_layers
 from splitfold.compiler.presets import preset
@@ -62,7 +62,7 @@ def demo_command(
     digits = _Digits.load()
     files = {"original": digits.model}
     for name in _PRESETS:
-        with Progress() as progress:
+        with Progress(errors()) as progress:
             artifact = compile(
                 digits.model,
                 pipeline=preset(name),

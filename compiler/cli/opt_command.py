@@ -20,7 +20,7 @@ from splitfold.compiler.cli.options import (
     parse_tolerance,
     read_inputs,
 )
-from splitfold.compiler.cli.output import file_bytes, megabytes, say
+from splitfold.compiler.cli.output import errors, file_bytes, megabytes, say
 from splitfold.compiler.cli.report import print_report
 from splitfold.compiler.driver import compile
 from splitfold.compiler.locate import locate_data
@@ -58,7 +58,7 @@ def opt_command(
         raise typer.BadParameter(
             f"{output} does not end in .onnx; compile writes artifact folders.", param_hint="--output"
         )
-    with Progress() as progress:
+    with Progress(errors()) as progress:
         artifact = compile(
             model,
             read_inputs(inputs),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,8 +31,10 @@ def out() -> Console:
     return _console(sys.stdout, stderr=False)
 
 
+@functools.cache
 def errors() -> Console:
-    """Return the console of standard error."""
+    """Return the console of standard error: one, so that log lines and progress bars do not overwrite each
+    other."""
     return _console(sys.stderr, stderr=True)
 
 

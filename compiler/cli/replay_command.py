@@ -15,7 +15,7 @@ from splitfold.compiler.cli.options import (
     VerboseOption,
     read_inputs,
 )
-from splitfold.compiler.cli.output import out, say
+from splitfold.compiler.cli.output import errors, out, say
 from splitfold.compiler.locate import locate_data, locate_model
 from splitfold.compiler.progress import Progress
 from splitfold.compiler.replay import Replay, replay
@@ -49,7 +49,7 @@ def replay_command(
         check_folder(output, overwrite=False)
     source = locate_model(model)
     feeds = read_inputs(inputs)
-    with Progress() as progress:
+    with Progress(errors()) as progress:
         found = replay(
             artifact,
             source.model,

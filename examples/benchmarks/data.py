@@ -80,7 +80,7 @@ def cifar10(part: str) -> tuple[Floats, Labels]:
     """CIFAR-10 as ResNet-20 reads it, [n, 3, 32, 32], and labels; `part`: ``train_20k`` or ``test_5k``."""
     with np.load(shared("data", "images", "cifar10", f"{part}.npz")) as archive:
         x, y = archive["x"], archive["y"].astype(np.int64)
-    scaled = (x.astype(np.float32) / 255 - np.float32(CIFAR_MEAN)) / np.float32(CIFAR_STD)
+    scaled = (x.astype(np.float32) / 255 - np.array(CIFAR_MEAN, np.float32)) / np.array(CIFAR_STD, np.float32)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)), y
 
 

@@ -60,7 +60,7 @@ def build(folder: Path, layers: int, width: int) -> Path:
             ]
             current = summed
     nodes.append(helper.make_node("Identity", [current], ["y"], "last"))
-    shape = ["batch", width]
+    shape: list[str | int | None] = ["batch", width]
     graph = helper.make_graph(
         nodes,
         "large",

@@ -99,8 +99,9 @@ def spearman(embeddings: Floats, pairs: Pairs) -> float:
 
 def capture(encoder: Encoder, path: Path) -> Path:
     """Write the float model as splitfold captures it: dynamic in batch and sequence."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     module = AutoModel.from_pretrained(str(get_model_path()), add_pooling_layer=False).eval()
     example = {
         name: torch.from_numpy(array)
