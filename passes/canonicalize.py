@@ -68,8 +68,8 @@ class CanonicalizePass(Pass):
         forget_names(model)
         _clean(model)
         counts: Counter[str] = Counter()
-        while any([_counted(step(model), what, counts) for step, what in _STEPS]):
-            _clean(model)  # what is dead has readers: it would hide a layer's only one
+        while _run_steps(model, counts):
+            _clean(model)  # what is dead reads too: it would hide that a layer has one reader
         for what, count in counts.items():
             findings.apply("model", f"{what}: {count}")
         if orphans := inherit_missing(model):
@@ -105,10 +105,13 @@ def _lift_constants(model: ir.Model, findings: Findings) -> None:
         findings.apply("model", f"Constant nodes made initializers: {count}")
 
 
-def _counted(count: int, what: str, counts: Counter[str]) -> bool:
-    if count:
-        counts[what] += count
-    return count > 0
+def _run_steps(model: ir.Model, counts: Counter[str]) -> bool:
+    """Run every step once, add up what it did, and return whether any did something."""
+    before = counts.total()
+    for step, what in _STEPS:
+        if count := step(model):
+            counts[what] += count
+    return counts.total() > before
 
 
 def _drop_overridable(model: ir.Model, findings: Findings) -> None:

@@ -49,7 +49,10 @@ def raise_opset(model: ir.Model, opset: int = _WORKING_OPSET) -> str | None:
 
 def _convert(model: ir.Model, opset: int, present: int) -> str | None:
     if present < 9 and any(node.op_type == "Scan" for node in model.graph.all_nodes()):
-        return f"opset {present} could not be raised to {opset}: Scan has a batch axis before opset 9, which no converter handles"
+        return (
+            f"opset {present} could not be raised to {opset}: "
+            "Scan has a batch axis before opset 9, which no converter handles"
+        )
     trial = model.clone()
     try:
         if present >= 18:
@@ -58,7 +61,8 @@ def _convert(model: ir.Model, opset: int, present: int) -> str | None:
             _convert_with_onnx(trial, opset)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        return f"opset {present} could not be raised to {opset}: {lines[0][:200] if lines else type(error).__name__}"
+        cause = lines[0][:200] if lines else type(error).__name__
+        return f"opset {present} could not be raised to {opset}: {cause}"
     if default_opset(trial) < opset:
         return (
             f"opset {present} could not be raised to {opset}: the converter left it at {default_opset(trial)}"

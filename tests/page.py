@@ -9,8 +9,9 @@ A section that holds an ``onnx`` block is a case. Bullets before the block direc
     - target: without matmul-nbits             a target that lacks a carrier
     - raises: SpecError: no layer matches      the error that is expected instead of a graph
 
-The ``text`` block is the after side; ``pytest --accept`` writes it. As ONNX text can neither name layers nor hold shapes of inner values, a
-graph is named and its shapes are inferred before the pipeline runs; on all pages but that of canonicalize it is canonicalized too.
+The ``text`` block is the after side; ``pytest --accept`` writes it. As ONNX text can neither name layers nor
+hold shapes of inner values, a graph is named and its shapes are inferred before the pipeline runs; on all
+pages but that of canonicalize it is canonicalized too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import pytest
 from onnx_ir.passes import common
 from render import render_model, render_record
 from seeded import feeds_for, parse_graph
@@ -28,8 +30,8 @@ from seeded import feeds_for, parse_graph
 from splitfold.passes.base import Context, Contract, Pass
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.identity import name_layers
-from splitfold.passes.shapes import infer_shapes
 from splitfold.passes.pipeline import PassRecord, Pipeline
+from splitfold.passes.shapes import infer_shapes
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import deviation, exactness
 from splitfold.runtime.errors import SplitfoldError
@@ -120,7 +122,9 @@ def run_case(case: Case) -> Result:
         (record,) = Pipeline.of(step).run(after, context)
         texts.append(render_model(after))
         changed = texts[-1] != texts[-2]
-        assert record.modified == changed, f"{step} says modified={record.modified}, its text changed={changed}"
+        assert record.modified == changed, (
+            f"{step} says modified={record.modified}, its text changed={changed}"
+        )
         _check_second_run(step, after, context)
     body = UNCHANGED if texts[-1] == texts[0] else texts[-1]
     return Result(before, after, record, "\n".join(filter(None, [body, render_record(record)])) + "\n")
@@ -134,7 +138,7 @@ def _check_second_run(step: Pass, model: ir.Model, context: Context) -> None:
 
 
 def check_case(case: Case) -> str:
-    """Run a case, check the model and its numbers, and return the text of its after side (empty where it raises)."""
+    """Run a case, check model and numbers, and return the text of its after side (empty where it raises)."""
     expected = case.options.get("raises")
     if expected is not None:
         _check_raises(case, expected)
@@ -147,13 +151,9 @@ def check_case(case: Case) -> str:
 
 def _check_raises(case: Case, expected: str) -> None:
     kind, _, words = expected.partition(": ")
-    try:
+    with pytest.raises(SplitfoldError, match=re.escape(words)) as raised:
         run_case(case)
-    except SplitfoldError as error:
-        assert type(error).__name__ == kind, f"{type(error).__name__}: {error}"
-        assert words in str(error), f"'{words}' is not in: {error}"
-    else:
-        raise AssertionError(f"{kind} was expected, nothing was raised")
+    assert type(raised.value).__name__ == kind
 
 
 def _check_numbers(case: Case, result: Result) -> None:
@@ -168,7 +168,9 @@ def _check_numbers(case: Case, result: Result) -> None:
                 _check_close(name, array, actual[name], float(case.options["sqnr"]), optimization)
             else:
                 found = exactness(array, actual[name], rtol=EXACT_RTOL)
-                assert found.excess <= 1, f"'{name}' moved by {found.max_abs:.3g}, {found.excess:.3g} times the bound"
+                assert found.excess <= 1, (
+                    f"'{name}' moved by {found.max_abs:.3g}, {found.excess:.3g} times the bound"
+                )
 
 
 def _check_close(name: str, reference: Array, actual: Array, floor: float, how: Optimization) -> None:

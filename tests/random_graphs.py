@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded random models of the operators that passes rewrite, with shared weights, dynamic batch and subgraphs."""
+"""Seeded random models of what passes rewrite, with shared weights, dynamic batch and subgraphs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,7 +49,7 @@ class _Graph:
         return int(self.rng.integers(2, 20))
 
     def weight(self, shape: tuple[int, ...], *, positive: bool = False) -> str:
-        """Return an initializer: one in three times one of this shape that is there already, so that weights are shared."""
+        """Return an initializer; one in three times one of this shape that is there already: it is shared."""
         same = [
             name
             for name, array in self.weights.items()
@@ -65,7 +66,7 @@ class _Graph:
         self.weights[name] = array
         return name
 
-    def add(self, op: str, inputs: list[str], shape: tuple[int, ...], **attributes: object) -> str:
+    def add(self, op: str, inputs: list[str], shape: tuple[int, ...], **attributes: Any) -> str:
         name = f"{op.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, [f"t{len(self.nodes)}"], name=name, **attributes))
         result = f"t{len(self.nodes) - 1}"
@@ -81,7 +82,9 @@ class _Graph:
 
     def model(self, name: str) -> onnx.ModelProto:
         read = {name for node in self.nodes for name in node.input}
-        outputs = [value for value in self.shapes if value not in read and value not in self.inputs] or [list(self.shapes)[-1]]
+        outputs = [value for value in self.shapes if value not in read and value not in self.inputs] or [
+            list(self.shapes)[-1]
+        ]
         if outputs[-1] in self.inputs:
             outputs = [self.add("Relu", [outputs[-1]], self.shapes[outputs[-1]])]
         graph = helper.make_graph(
@@ -97,14 +100,18 @@ class _Graph:
 
     def _ids(self) -> list[onnx.ValueInfoProto]:
         """Return the input that embeddings are indexed with, if there are any."""
-        return [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", self.ids])] if self.ids else []
+        return (
+            [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", self.ids])] if self.ids else []
+        )
 
     def _info(self, value: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(value, TensorProto.FLOAT, ["batch", *self.shapes[value]])
 
 
 def _unary(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
-    graph.add(str(graph.rng.choice(["Relu", "Tanh", "Identity", "Identity", "Dropout", "Sigmoid"])), [value], shape)
+    graph.add(
+        str(graph.rng.choice(["Relu", "Tanh", "Identity", "Identity", "Dropout", "Sigmoid"])), [value], shape
+    )
 
 
 def _add(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
@@ -127,7 +134,9 @@ def _reshape(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
         target = graph.constant(np.array([0, *to], np.int64))
     else:
         target = f"s{len(graph.nodes)}"
-        graph.nodes.append(helper.make_node("Constant", [], [target], name=f"shape_{len(graph.nodes)}", value_ints=[0, *to]))
+        graph.nodes.append(
+            helper.make_node("Constant", [], [target], name=f"shape_{len(graph.nodes)}", value_ints=[0, *to])
+        )
     graph.add("Reshape", [value, target], to)
 
 
@@ -169,7 +178,9 @@ def _pool(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
         graph.add("GlobalAveragePool", [value], (shape[0], 1, 1))
     else:
         kind = str(graph.rng.choice(["MaxPool", "AveragePool"]))
-        graph.add(kind, [value], (shape[0], *(size // 2 for size in shape[1:])), kernel_shape=[2, 2], strides=[2, 2])
+        graph.add(
+            kind, [value], (shape[0], *(size // 2 for size in shape[1:])), kernel_shape=[2, 2], strides=[2, 2]
+        )
 
 
 def _if(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
@@ -182,7 +193,8 @@ def _if(graph: _Graph, value: str, shape: tuple[int, ...]) -> None:
     then = [shared, helper.make_node("Identity", [f"then_{at}_a"], [f"then_{at}"], name=f"copy_{at}")]
     other = [helper.make_node("Tanh", [value], [f"else_{at}"], name=f"other_{at}")]
     outputs = [
-        [helper.make_tensor_value_info(f"{side}_{at}", TensorProto.FLOAT, ["batch", *shape])] for side in ("then", "else")
+        [helper.make_tensor_value_info(f"{side}_{at}", TensorProto.FLOAT, ["batch", *shape])]
+        for side in ("then", "else")
     ]
     graph.add(
         "If",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compact text of a model on the after side of a pass page: made to be read and compared, never parsed.
 
-One line a node: outputs with their types, operator, inputs, attributes, and after ``@`` the layers it comes from. Weights are dtype and
-shape; shapes and the like (int64, bool) of up to four elements are shown by value. What was measured is not: it differs between machines.
+One line a node: outputs with their types, operator, attributes, inputs, and after ``@`` the layers it comes
+from. Weights are dtype and shape; shapes and the like (int64, bool) of up to four elements are shown by
+value. What was measured is not: it differs between machines.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX text with seeded weights, and seeded feeds.
 
-An initializer declared as ``float[4,3] W = seeded`` is filled with standard normal numbers, ``seeded(low, high)`` with uniform ones (integers
-below `high`). The generator is seeded with the name, so a weight does not depend on what stands around it. Feeds are directed in
-the same way: ``x = seeded(-1, 1)``, or by value: ``mask = [1, 1, 0]``.
+An initializer declared as ``float[4,3] W = seeded`` is filled with standard normal numbers,
+``seeded(0, 1)`` with uniform ones (integers below the second). The generator is seeded with the name, so a
+weight does not depend on what stands around it. Feeds are directed in the same way: ``x = seeded(-1, 1)``,
+or by value: ``mask = [1, 1, 0]``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _weight(match: re.Match[str]) -> onnx.TensorProto:
     return onnx.numpy_helper.from_array(array, match["name"])
 
 
-def _fill(match: re.Match[str], rng: np.random.Generator, shape: list[int], dtype: np.dtype[np.generic]) -> Array:
+def _fill(
+    match: re.Match[str], rng: np.random.Generator, shape: list[int], dtype: np.dtype[np.generic]
+) -> Array:
     if dtype.kind in "iu":
         return rng.integers(int(match["low"] or 0), int(match["high"] or 2), shape).astype(dtype)
     if match["low"] is None:
@@ -56,12 +59,19 @@ def _fill(match: re.Match[str], rng: np.random.Generator, shape: list[int], dtyp
 
 
 def feeds_for(model: ir.Model, directives: str = "", *, seed: int = 0) -> dict[str, Array]:
-    """Return synthetic feeds of a model, those named in `directives` as directed; a list of values fills the input row by row."""
+    """Return synthetic feeds of a model, those named in `directives` as directed.
+
+    A list of values fills its input row by row.
+    """
     feeds = synthetic_feeds(model, seed=seed)
     for match in _FEED.finditer(directives):
         name, old = match["name"], feeds[match["name"]]
         if match["values"] is not None:
-            feeds[name] = np.resize(np.array([float(value) for value in match["values"].split(",")]), old.shape).astype(old.dtype)
+            feeds[name] = np.resize(
+                np.array([float(value) for value in match["values"].split(",")]), old.shape
+            ).astype(old.dtype)
         else:
-            feeds[name] = _fill(match, np.random.default_rng([seed, crc32(name.encode())]), list(old.shape), old.dtype)
+            feeds[name] = _fill(
+                match, np.random.default_rng([seed, crc32(name.encode())]), list(old.shape), old.dtype
+            )
     return feeds

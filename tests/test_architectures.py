@@ -9,14 +9,14 @@ import pytest
 pytest.importorskip("torch", reason="the architectures need the extra 'torch'")
 pytest.importorskip("transformers", reason="the architectures need transformers (extra 'minilm')")
 
-from zoo import ARCHITECTURES, Architecture  # noqa: E402
+from zoo import ARCHITECTURES, Architecture
 
-from splitfold.compiler import Tolerance, compile, presets  # noqa: A004, E402
-from splitfold.compiler.capture import capture_torch  # noqa: E402
-from splitfold.passes.identity import layers_of  # noqa: E402
-from splitfold.passes.layers import find_layers  # noqa: E402
-from splitfold.runtime.compare import deviation  # noqa: E402
-from splitfold.runtime.session import Session  # noqa: E402
+from splitfold.compiler import Tolerance, compile, presets
+from splitfold.compiler.capture import capture_torch
+from splitfold.passes.identity import layers_of
+from splitfold.passes.layers import find_layers
+from splitfold.runtime.compare import deviation
+from splitfold.runtime.session import Session
 
 _CHOSEN = (
     "bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "mobilebert", "modernbert",
@@ -29,14 +29,20 @@ _COSINES: dict[str, float] = {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.name in _CHOSEN], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "architecture", [a for a in ARCHITECTURES if a.name in _CHOSEN], ids=lambda a: a.name
+)
 def test_int8_compiles_and_explains_every_layer(architecture: Architecture) -> None:
     module, inputs = architecture.build()
     captured = capture_torch(module, dict(inputs), architecture.dynamic_shapes)
     calibration = [_feeds(architecture, seed) for seed in range(1, 9)]
     held_out = _feeds(architecture, 100)
     artifact = compile(
-        captured.model, held_out, pipeline=presets.int8(), calibration=calibration, tolerance=Tolerance(cosine=None)
+        captured.model,
+        held_out,
+        pipeline=presets.int8(),
+        calibration=calibration,
+        tolerance=Tolerance(cosine=None),
     )
     _check_explained(artifact.records, captured.model, artifact.model)
     reference, actual = Session(captured.model).run(held_out), artifact.session().run(held_out)

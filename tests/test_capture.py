@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="capture needs the extra 'torch'")
 
-from splitfold.compiler import Artifact, compile  # noqa: A004, E402
+from splitfold.compiler import Artifact, compile  # noqa: E402
 from splitfold.compiler.errors import CaptureError  # noqa: E402
 from splitfold.passes.identity import layers_of  # noqa: E402
 
@@ -52,7 +52,9 @@ def _outputs(artifact: Artifact, **feeds: torch.Tensor) -> np.ndarray:
 )
 def test_forms_of_example_inputs(tower: torch.nn.Module, inputs: object) -> None:
     artifact = compile(tower, inputs, pipeline="canonicalize")
-    np.testing.assert_allclose(_outputs(artifact, x=X, mask=MASK), tower(X, MASK).detach().numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        _outputs(artifact, x=X, mask=MASK), tower(X, MASK).detach().numpy(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,9 @@ def test_forms_of_example_inputs(tower: torch.nn.Module, inputs: object) -> None
 def test_forms_of_model(tower: torch.nn.Module, form: Callable[[torch.nn.Module], object]) -> None:
     artifact = compile(form(tower), (X,), pipeline="canonicalize")
     (name,) = artifact.session().inputs
-    np.testing.assert_allclose(_outputs(artifact, **{name: X}), tower(X).detach().numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        _outputs(artifact, **{name: X}), tower(X).detach().numpy(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_an_exported_program_brings_its_own_inputs(tower: torch.nn.Module) -> None:
@@ -75,12 +79,18 @@ def test_an_exported_program_brings_its_own_inputs(tower: torch.nn.Module) -> No
     np.testing.assert_allclose(_outputs(artifact, x=X), tower(X).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("pipeline", ["canonicalize", "quantize-dynamic", "quantize-weights{block=16}", "quantize-activations"])
+@pytest.mark.parametrize(
+    "pipeline", ["canonicalize", "quantize-dynamic", "quantize-weights{block=16}", "quantize-activations"]
+)
 def test_dynamic_axes_stay_dynamic(tower: torch.nn.Module, pipeline: str) -> None:
     dynamic = torch.export.Dim.DYNAMIC
     seen = np.random.default_rng(0).uniform(-1, 1, (64, 3, 6)).astype(np.float32)
     artifact = compile(
-        tower, (X,), pipeline=pipeline, dynamic_shapes={"x": {0: dynamic, 1: dynamic}}, calibration=[{"x": seen}]
+        tower,
+        (X,),
+        pipeline=pipeline,
+        dynamic_shapes={"x": {0: dynamic, 1: dynamic}},
+        calibration=[{"x": seen}],
     )
     for batch, length in ((1, 1), (5, 2), (2, 7)):
         x = torch.linspace(-1, 1, batch * length * 6).reshape(batch, length, 6)

@@ -364,7 +364,23 @@ def test_inspect_sees_weights_that_are_put_together_in_the_graph(run: Run) -> No
         made("MatMul", ["x", "w"], ["y"], name="/up/MatMul"),
     ]
     saved(model_of(nodes, [initializer("right", 32, 3)]), Path("parts.onnx"))
-    assert re.search(r"\n up +MatMul +32 x 5 +float +1,024 ", run("inspect", "parts.onnx").stdout)
+    said = run("inspect", "parts.onnx").stdout
+    assert re.search(r"\n up +MatMul +32 x 5 +float +1,024 ", said)
+    assert re.search(r"\n total .* 1,024 ", said)
+
+
+def test_a_shared_weight_counts_once(run: Run) -> None:
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["h"], name="/a/MatMul"),
+        onnx.helper.make_node("MatMul", ["h", "w"], ["y"], name="/b/MatMul"),
+    ]
+    proto = model_of(nodes, [initializer("w", 32, 32)])
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 32
+    saved(proto, Path("shared.onnx"))
+    said = run("inspect", "shared.onnx").stdout
+    assert re.search(r"\n a +MatMul +32 x 32 +float +4,096 ", said)
+    assert re.search(r"\n b +MatMul +32 x 32 +float +0 ", said)
+    assert re.search(r"\n other constants +0 ", said)
 
 
 def test_inspect_totals_add_up(run: Run) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from splitfold.compiler import Budget, Pipeline, Tolerance, Unrealised, compile, presets  # noqa: A004
+from splitfold.compiler import Budget, Pipeline, Tolerance, Unrealised, compile, presets
 from splitfold.compiler.errors import BudgetError, VerificationError
 from splitfold.passes.base import Context, Contract, Findings, Pass
 from splitfold.passes.canonicalize import CanonicalizePass
@@ -82,7 +82,9 @@ def test_the_given_model_is_not_changed() -> None:
 
 
 def test_an_exact_pass_that_moves_an_output_is_an_error_that_names_it() -> None:
-    with pytest.raises(PassFailedError, match=r"pass sabotage failed \(ran before it: canonicalize\).*'y' moved") as caught:
+    with pytest.raises(
+        PassFailedError, match=r"pass sabotage failed \(ran before it: canonicalize\).*'y' moved"
+    ) as caught:
         compile(_model(), pipeline=Pipeline.of(CanonicalizePass(), _Sabotage()))
     assert caught.value.failed == "sabotage"
     assert caught.value.before == ("canonicalize",)
@@ -102,7 +104,9 @@ def test_a_deviation_beyond_the_tolerance_names_the_pass_to_blame() -> None:
     assert caught.value.output == "y"
 
 
-@pytest.mark.parametrize("limit", [{"sqnr_db": 60.0}, {"max_abs": 1e-4}, {"top1": 1.01}, {"cosine": 0.9999999}])
+@pytest.mark.parametrize(
+    "limit", [{"sqnr_db": 60.0}, {"max_abs": 1e-4}, {"top1": 1.01}, {"cosine": 0.9999999}]
+)
 def test_each_limit_of_the_tolerance_binds(limit: dict[str, float]) -> None:
     with pytest.raises(VerificationError, match="output 'y' is further from the reference"):
         compile(_model(), FEEDS[0], pipeline="quantize-dynamic", tolerance=Tolerance(**limit))
@@ -130,7 +134,9 @@ def test_budget_and_metric() -> None:
 
 def _without(kernel: str) -> Target:
     whole = Target.cpu()
-    return Target("cpu", whole.provider, whole.opset, whole.carriers, low_bit_kernels=whole.low_bit_kernels - {kernel})
+    return Target(
+        "cpu", whole.provider, whole.opset, whole.carriers, low_bit_kernels=whole.low_bit_kernels - {kernel}
+    )
 
 
 def test_an_unrealised_layer_goes_back_to_float_and_the_pipeline_says_so() -> None:
@@ -143,16 +149,23 @@ def test_an_unrealised_layer_goes_back_to_float_and_the_pipeline_says_so() -> No
 
 
 def test_an_unrealised_layer_may_be_kept_or_be_an_error() -> None:
-    kept = compile(_model(), pipeline="quantize-weights", target=_without("MatMulNBits"), unrealised=Unrealised.KEEP)
-    assert {layer: item["low_bit"] for layer, item in kept.manifest["realised"].items()} == {"first": False, "second": False}
+    kept = compile(
+        _model(), pipeline="quantize-weights", target=_without("MatMulNBits"), unrealised=Unrealised.KEEP
+    )
+    assert {layer: item["low_bit"] for layer, item in kept.manifest["realised"].items()} == {
+        "first": False,
+        "second": False,
+    }
     with pytest.raises(PassFailedError, match="run in no low-bit kernel; the first is 'first'"):
-        compile(_model(), pipeline="quantize-weights", target=_without("MatMulNBits"), unrealised=Unrealised.ERROR)
+        compile(
+            _model(), pipeline="quantize-weights", target=_without("MatMulNBits"), unrealised=Unrealised.ERROR
+        )
 
 
 def test_a_weight_that_stays_dequantized_is_seen() -> None:
     """The runtime leaves DequantizeLinear + MatMul where the scales run along K: read from its own graph, not believed."""
-    from splitfold.compiler.realisation import read_realisation  # noqa: PLC0415
-    from splitfold.passes.pipeline import PassRecord  # noqa: PLC0415
+    from splitfold.compiler.realisation import read_realisation
+    from splitfold.passes.pipeline import PassRecord
 
     model = ir.from_onnx_text(
         """<ir_version: 8, opset_import: ["": 17]>

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The canonical form against models that others wrote: ONNX's own node tests, ONNX Runtime's graph-transform graphs, real models."""
+"""The canonical form against models of others: ONNX's node tests, ONNX Runtime's graphs, real models."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def difference(reference: object, actual: object, rtol: float = RTOL) -> str | N
         return next((text for text in found if text), None)
     if isinstance(reference, np.ndarray) and isinstance(actual, np.ndarray):
         excess = exactness(reference, actual, rtol=rtol)
-        return None if excess.excess <= 1 else f"max {excess.max_abs:.3g}, {excess.excess:.3g} times the bound"
+        return (
+            None if excess.excess <= 1 else f"max {excess.max_abs:.3g}, {excess.excess:.3g} times the bound"
+        )
     return None if reference == actual else "different values"
 
 
@@ -119,7 +121,7 @@ def node_cases() -> list[tuple[str, onnx.ModelProto, Feeds]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tests = load_model_tests(kind="node")
-    found = []
+    found: list[tuple[str, onnx.ModelProto, Feeds]] = []
     for test in tests:
         if test.model is not None and test.data_sets:
             inputs = test.data_sets[0][0]

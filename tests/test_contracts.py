@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,7 +37,13 @@ PAGES = Path(__file__).parent / "passes"
 SEEDS = range(120)
 RTOL = 3e-5
 """Deep random graphs amplify what re-association changes."""
-EXACT = ("canonicalize", "fold-scales{min-gain=-100}", "fold-scales{data-free=true}", "legalize")
+EXACT = {
+    "canonicalize": 100,
+    "fold-scales{min-gain=-100}": 20,
+    "fold-scales{data-free=true}": 5,
+    "legalize": 0,
+}
+"""Exact passes with options, and how often they find something to do in the random graphs."""
 LOSSY = {
     "quantize-activations": 15.0,
     "quantize-activations{calibrator=entropy,symmetric=true,weight-bits=7}": 15.0,
@@ -54,19 +61,19 @@ ids = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES]
 
 
 def variants(kind: type[Pass]) -> list[Pass]:
-    """Return the pass with its defaults, and with every option at every value that its type (and itself) allows."""
+    """Return the pass with its defaults, and with each option at several values that it allows."""
     found = [kind()]
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         for value in _values(hints[field.name]):
             try:
-                found.append(kind(**{field.name: value}))
+                found.append(dataclasses.replace(kind(), **{field.name: value}))
             except ValueError:
                 continue
     return found
 
 
-def _values(hint: object) -> list[object]:
+def _values(hint: object) -> list[Any]:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return list(hint)
     if hint is bool:
@@ -85,7 +92,9 @@ def test_page_exists_and_names_the_options(kind: type[Pass]) -> None:
     text = (PAGES / f"{kind.name}.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {kind.name}\n")
     assert f"Contract: {kind.contract.value}" in text
-    missing = [field.name for field in dataclasses.fields(kind) if f"`{field.name.replace('_', '-')}`" not in text]
+    missing = [
+        field.name for field in dataclasses.fields(kind) if f"`{field.name.replace('_', '-')}`" not in text
+    ]
     assert not missing
 
 
@@ -137,7 +146,9 @@ def check_identity(before: ir.Model, after: ir.Model, record: PassRecord) -> Non
     assert not lost, f"{record.text} loses the layers {lost} that it rewrote"
 
 
-CASES = [case for path in sorted(PAGES.glob("*.md")) for case in read_page(path) if "raises" not in case.options]
+CASES = [
+    case for path in sorted(PAGES.glob("*.md")) for case in read_page(path) if "raises" not in case.options
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.page}: {case.title}" for case in CASES])
@@ -170,7 +181,9 @@ def started(seed: int) -> Start:
     return Start(model, canonical, feeds, run(model, feeds))
 
 
-def run(model: ir.Model, feeds: Feeds, optimization: Optimization = Optimization.OFF) -> dict[str, np.ndarray]:
+def run(
+    model: ir.Model, feeds: Feeds, optimization: Optimization = Optimization.OFF
+) -> dict[str, np.ndarray]:
     return Session(model, threads=1, optimization=optimization).run(feeds)
 
 
@@ -181,7 +194,9 @@ def check_valid(model: ir.Model) -> None:
 def apply(step: Pass, before: ir.Model, feeds: Feeds) -> tuple[ir.Model, PassRecord]:
     """Run a pass on a copy; hold it to its word on `modified`, identity and idempotence."""
     after = before.clone()
-    context = Context(calibration=Calibration.of([feeds, *(synthetic_feeds(before, seed=s) for s in (1001, 1002))]))
+    context = Context(
+        calibration=Calibration.of([feeds, *(synthetic_feeds(before, seed=s) for s in (1001, 1002))])
+    )
     digest = content_digest(after)
     (record,) = Pipeline.of(step).run(after, context)
     check_valid(after)
@@ -195,20 +210,23 @@ def apply(step: Pass, before: ir.Model, feeds: Feeds) -> tuple[ir.Model, PassRec
     return after, record
 
 
-@pytest.mark.parametrize("text", EXACT)
-def test_random_graphs_stay_equal(text: str) -> None:
+@pytest.mark.parametrize(("text", "floor"), EXACT.items(), ids=list(EXACT))
+def test_random_graphs_stay_equal(text: str, floor: int) -> None:
     step = parse_pass(text, PASSES)
+    seeds = SEEDS if text == step.name else SEEDS[:40]
     applied = 0
-    for seed in SEEDS:
+    for seed in seeds:
         start = started(seed)
         before = start.model if isinstance(step, CanonicalizePass) else start.canonical
         after, record = apply(step, before, start.feeds)
         applied += len(record.applied)
         for name, actual in run(after, start.feeds).items():
             found = exactness(start.reference[name], actual, rtol=RTOL)
-            assert found.excess <= 1, f"seed {seed}: {name} moved by {found.max_abs:.3g}, {found.excess:.3g} times the bound"
-    print(f"\n{text}: {applied} rewrites in {len(SEEDS)} graphs")
-    assert applied >= (0 if text == "legalize" else 20)
+            assert found.excess <= 1, (
+                f"seed {seed}: {name} moved by {found.max_abs:.3g}, {found.excess:.3g} times the bound"
+            )
+    print(f"\n{text}: {applied} rewrites in {len(seeds)} graphs")
+    assert applied >= floor
 
 
 @pytest.mark.parametrize(("text", "floor"), LOSSY.items(), ids=list(LOSSY))
@@ -225,7 +243,9 @@ def test_random_graphs_stay_valid_and_finite(text: str, floor: float) -> None:
                 assert np.isfinite(actual).all(), f"seed {seed}: {name} is not finite"
                 found = deviation([start.reference[name]], [actual])
                 worst = min(worst, found.sqnr_db)
-                assert found.sqnr_db > floor, f"seed {seed}: {name} has {found} (optimisations {optimization.value})"
+                assert found.sqnr_db > floor, (
+                    f"seed {seed}: {name} has {found} (optimisations {optimization.value})"
+                )
     print(f"\n{text}: {applied} layers applied in {len(seeds)} graphs, worst output {worst:.1f} dB")
     assert applied >= 10
 
@@ -238,7 +258,18 @@ def test_every_pass_meets_random_graphs() -> None:
 
 def test_random_graphs_hold_what_passes_rewrite() -> None:
     operators = {node.op_type for seed in SEEDS for node in nodes(started(seed).model)}
-    assert operators >= {"MatMul", "Gemm", "Conv", "BatchNormalization", "Identity", "Dropout", "Constant", "If", "Concat", "Gather"}
+    assert operators >= {
+        "MatMul",
+        "Gemm",
+        "Conv",
+        "BatchNormalization",
+        "Identity",
+        "Dropout",
+        "Constant",
+        "If",
+        "Concat",
+        "Gather",
+    }
 
 
 def test_layer_passes_refuse_unknown_patterns() -> None:
@@ -276,5 +307,9 @@ def test_layers_import_nothing_above_them(package: str, forbidden: tuple[str, ..
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split()
     assert package in loaded
-    found = [name for name in loaded if name in forbidden or name.startswith(tuple(f"{word}." for word in forbidden))]
+    found = [
+        name
+        for name in loaded
+        if name in forbidden or name.startswith(tuple(f"{word}." for word in forbidden))
+    ]
     assert not found, f"importing {package} pulls in {found[:3]}"

@@ -30,7 +30,9 @@ def test_alpha_one_divides_by_the_activations_and_zero_multiplies_by_the_weights
 
 
 def test_dead_channels_are_left_alone() -> None:
-    scales = smoothing_scales(np.array([0.0, 4.0, 1.0], np.float32), np.array([1.0, 1.0, 1.0], np.float32), 0.5)
+    scales = smoothing_scales(
+        np.array([0.0, 4.0, 1.0], np.float32), np.array([1.0, 1.0, 1.0], np.float32), 0.5
+    )
     np.testing.assert_allclose(scales, [1.0, np.sqrt(2.0), np.sqrt(0.5)], rtol=1e-6)
 
 

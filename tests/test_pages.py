@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every case of every pass page: text, validity, numbers, the truth of `modified`, and that a second run finds nothing."""
+"""Every case of every pass page: text, validity, numbers, the truth of `modified`, and a second run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def test_case(path: Path, case: Case, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--accept"):
         accept(path, case, text)
     else:
-        assert text == case.after, "the after side differs: look at it, and run pytest --accept if it is right"
+        assert text == case.after, (
+            "the after side differs: look at it, and run pytest --accept if it is right"
+        )
 
 
 @pytest.mark.parametrize("path", PAGES, ids=[path.stem for path in PAGES])
