@@ -55,8 +55,8 @@ def capture_torch(model: object, example_inputs: object, dynamic_shapes: object)
 
     Args:
         model: module or exported program.
-        example_inputs: a tuple of positional inputs, a mapping of keyword inputs, or ``(tuple,
-            mapping)``; None for an exported program that carries its own.
+        example_inputs: a tuple of positional inputs, a mapping of keyword inputs, or ``(tuple, mapping)``;
+            None for an exported program that carries its own.
         dynamic_shapes: as `torch.export.export` takes it.
 
     Raises:
@@ -202,8 +202,8 @@ def _outputs(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's prints, warnings and log records (its failures come as exceptions too);
-    restore afterwards."""
+    """Silence the exporter's prints, warnings and log records (its failures come as exceptions too); restore
+    afterwards."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     sink = io.StringIO()

@@ -42,8 +42,8 @@ Evaluate = Callable[[Session], float]
 """The user's metric of an opened model; more is better."""
 
 _REPAIRS = 3
-"""Rounds in which layers that the runtime did not realise are put back to float; the second is already
-rare."""
+"""Rounds in which layers that the runtime did not realise are put back to float; the second is already rare.
+"""
 
 
 def compile(
@@ -63,14 +63,12 @@ def compile(
     """Compile a model into a verified ONNX artifact that plain ONNX Runtime runs.
 
     Args:
-        model: `nn.Module` in eval mode, `ExportedProgram`, `fx.GraphModule`, path of an ``.onnx`` or
-            artifact folder, `onnx.ModelProto` or `onnx_ir.Model`.
-            It is not changed.
+        model: `nn.Module` in eval mode, `ExportedProgram`, `fx.GraphModule`, path of an ``.onnx`` or artifact
+            folder, `onnx.ModelProto` or `onnx_ir.Model`. It is not changed.
         example_inputs: tuple, dict by input name, or ``(tuple, dict)``; needed for torch modules, else
-            calibration's first batch or seeded
-            synthetic inputs serve. The outputs are compared on them.
-        pipeline: passes, or their text form; default `presets.int8()`. Canonical form before and
-            legalization after it are added where they lack.
+            calibration's first batch or seeded synthetic inputs serve. The outputs are compared on them.
+        pipeline: passes, or their text form; default `presets.int8()`. Canonical form before and legalization
+            after it are added where they lack.
         target: where the artifact runs; default ONNX Runtime's CPU provider.
         calibration: representative inputs: re-iterable of feeds, generator function, DataLoader, ``.npz``
             path or folder.
@@ -96,7 +94,8 @@ def compile(
     limits = tolerance or Tolerance()
     deviations = _verify(result, build.reference, source, place, limits, records)
     (budget or Budget()).check(weight_bytes(result))
-    facts = _facts(source, place, source.calibration) | _metric(evaluate, source.model, result, place, limits)
+    facts = _facts(source, place, source.calibration) | {"put_back": build.put_back}
+    facts |= _metric(evaluate, source.model, result, place, limits)
     manifest = build_manifest(result, steps, records, realised, deviations, facts)
     return Artifact(result, manifest, place, tuple(records))
 
@@ -112,8 +111,8 @@ def _complete(pipeline: Pipeline | str | None) -> Pipeline:
 
 @dataclass
 class _Build:
-    """One compilation: the pipeline runs, the runtime's own graph is read back, and what was not realised
-    is repaired."""
+    """One compilation: the pipeline runs, the runtime's own graph is read back, and what was not realised is
+    repaired."""
 
     source: Source
     target: Target
@@ -123,6 +122,7 @@ class _Build:
 
     def __post_init__(self) -> None:
         self.reference: Mapping[str, Any] = {}
+        self.put_back: dict[str, str] = {}
         if self.source.unrunnable:
             logger.warning("the result is not verified: %s", self.source.unrunnable)
         else:
@@ -151,6 +151,7 @@ class _Build:
             logger.info(
                 "%d layers were not realised and go back to float: %s", len(missing), ", ".join(missing)
             )
+            self.put_back |= missing
             steps = _excluding(steps, records, missing)
         raise PassFailedError(
             f"layers remain unrealised after {_REPAIRS} rounds: {', '.join(missing)}", failed=str(steps)
@@ -174,8 +175,8 @@ def _excluding(steps: Pipeline, records: Sequence[PassRecord], missing: Mapping[
 
 
 def _check_valid(model: ir.Model, steps: Pipeline) -> None:
-    """Raise `PassFailedError` where the ONNX checker refuses the model; weights do not matter to it and
-    are left out."""
+    """Raise `PassFailedError` where the ONNX checker refuses the model; weights do not matter to it and are
+    left out."""
     if weight_bytes(model) > 1_000_000_000:
         return  # protobuf ends at 2 GB; the session that opens next checks the same
     try:

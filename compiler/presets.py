@@ -51,8 +51,8 @@ def int8_dynamic() -> Pipeline:
 
 
 def int4() -> Pipeline:
-    """Return 4-bit weights in blocks of 32 with zero points, and int8 embedding tables; needs no
-    calibration data."""
+    """Return 4-bit weights in blocks of 32 with zero points, and int8 embedding tables; needs no calibration
+    data."""
     return Pipeline.of(CanonicalizePass(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass())
 
 

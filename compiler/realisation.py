@@ -76,8 +76,7 @@ def _readers(model: ir.Model) -> dict[str, str]:
 
 
 def _outputs_by_weight(model: ir.Model) -> dict[str, tuple[str, ...]]:
-    """Return, by weight name, the outputs of the operator that computes with it, through a
-    DequantizeLinear."""
+    """Return, by weight name, the outputs of the operator that computes with it, through its Q/DQ."""
     found: dict[str, tuple[str, ...]] = {}
     for graph in model.graphs():
         for name, value in graph.initializers.items():

@@ -26,8 +26,9 @@ __all__ = ["Replay", "replay"]
 
 logger = logging.getLogger(__name__)
 
-_CARRIED_OVER = ("metric",)
-"""What a replay cannot measure: the user's metric function is not in the manifest."""
+_CARRIED_OVER = ("metric", "put_back")
+"""What a replay cannot find again: the user's metric function is not in the manifest, and the layers that the
+compiler put back to float are excluded from the start by the recorded pipeline."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ _SIZES = (8, 1, 32, 512, 224)
 
 
 _CAPTURE_LIMIT = 1e-2
-"""Relative L2 distance of the captured graph's outputs from torch's: far beyond float32, reached by
-float16 models."""
+"""Relative L2 distance of the captured graph's outputs from torch's: far beyond float32, reached by float16
+models."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Source:
         path: the file it was read from, or None.
         synthetic: whether `feeds` were made up.
         calibration: the user's data under the model's input names, or None.
-        unrunnable: why the model cannot be run here and so not be verified (custom operators); empty
-            where it can.
+        unrunnable: why the model cannot be run here and so not be verified (custom operators); empty where it
+            can.
     """
 
     model: ir.Model
@@ -100,8 +100,7 @@ def _check_captured(captured: Captured, target: Target) -> None:
 
 
 def unrunnable_reason(model: ir.Model, target: Target) -> str:
-    """Return which custom operators keep the runtime from opening `model`; empty where it opens, or has
-    none."""
+    """Return which custom operators keep the runtime from opening `model`; empty where none does."""
     custom = sorted(
         {
             f"{node.domain}::{node.op_type}"
@@ -120,8 +119,8 @@ def unrunnable_reason(model: ir.Model, target: Target) -> str:
 
 
 def _calibration(model: ir.Model, calibration: object) -> Calibration | None:
-    """Return the user's data with batches named and cut as `model` wants them; the first one is checked
-    here, early."""
+    """Return the user's data with batches named and cut as `model` wants them; the first one is checked here,
+    early."""
     if calibration is None:
         return None
     names = tuple(value.name or "" for value in model_inputs(model))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification: exact passes are held to it, lossy ones are measured, and the end result is compared with
-the reference."""
+"""Verification: exact passes are held to it, lossy ones are measured, and the end result is compared with the
+reference."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def quantize_blocks(
         matrix: float [n, k]; k is padded to a multiple of `block`.
         bits: width of a stored code, 2, 4 or 8.
         block: columns that share a scale.
-        symmetric: one fixed zero point 2**(bits-1); else the block's own range (widened to hold zero)
-            gives it.
+        symmetric: one fixed zero point 2**(bits-1); else the block's own range (widened to hold zero) gives
+            it.
         levels: number of distinct codes, at most 2**bits; 8 codes in 4 bits is a 3-bit weight.
     """
     n, k = matrix.shape
@@ -169,8 +169,8 @@ def dequantize_blocks(quantized: BlockQuantized) -> Array:
 
 
 def pack_codes(codes: Array, bits: int) -> Array:
-    """Pack the last axis of uint8 codes, the first code in the lowest bits; an incomplete byte is filled
-    with zero."""
+    """Pack the last axis of uint8 codes, the first code in the lowest bits; an incomplete byte is filled with
+    zero."""
     per_byte = 8 // bits
     length = codes.shape[-1]
     padded = np.zeros((*codes.shape[:-1], -(-length // per_byte) * per_byte), np.uint8)

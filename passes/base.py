@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass is: a frozen dataclass over `onnx_ir.passes.InPlacePass` whose fields are its options, and
-that says what it did."""
+"""What a pass is: a frozen dataclass over `onnx_ir.passes.InPlacePass` whose fields are its options, and that
+says what it did."""
 
 from __future__ import annotations
 
@@ -99,9 +99,11 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
     """A graph rewrite.
 
     A concrete pass declares its `name` (text form, ``verb-noun``), its `contract`, its options as fields, and
-    `rewrite`. It may assume a
-    valid model and must leave a valid one, keeps no state between calls, is idempotent, and reports
-    `modified` truthfully.
+    `rewrite`. It may assume a valid model and must leave a valid one, keeps no state between calls, is
+    idempotent, and reports `modified` truthfully.
+
+    Args:
+        require: how much must be applied; less is an error.
     """
 
     name: ClassVar[str]
@@ -110,8 +112,7 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
-        """Change `model` in place, record what was done in `findings`, and return whether anything
-        changed."""
+        """Change `model` in place, record what was done in `findings`, and return whether it changed."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Run without calibration data, for the CPU target; see `run`."""

@@ -35,11 +35,10 @@ class CanonicalizePass(Pass):
     """Bring a model into canonical form, exactly.
 
     Functions are inlined, Constant nodes and constant subexpressions become initializers, initializers are
-    constants (not inputs with a
-    default), names are unique, Identity and inactive Dropout are gone, BatchNormalization is folded into the
-    layer before it, a Gemm's weight is [K, N],
-    shapes are inferred, dead code is removed, and every node carries its layer's name. Looks into subgraphs.
-    Q/DQ that are there are left alone.
+    constants (not inputs with a default), names are unique, Identity and inactive Dropout are gone,
+    BatchNormalization is folded into the layer before it, a Gemm's weight is [K, N], shapes are inferred,
+    dead code is removed, and every node carries its layer's name. Looks into subgraphs. Q/DQ that are there
+    are left alone.
 
     Before::
 

@@ -56,8 +56,8 @@ def _graph(layer: Layer) -> ir.Graph:
 def fake_quantize(
     value: ir.Value, grid: ActivationGrid, at: ir.Node, *, after: bool = False
 ) -> QuantizedInput:
-    """Emit QuantizeLinear and DequantizeLinear of `value` before (or after) the node `at`, whose layers
-    they inherit."""
+    """Emit QuantizeLinear and DequantizeLinear of `value` before (or after) the node `at`, whose layers they
+    inherit."""
     graph = at.graph
     if graph is None:
         raise ValueError(f"{at.name} is in no graph")
@@ -188,8 +188,7 @@ def carry_dynamic(layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], 
 
 
 def carry_blocks(layer: Layer, quantized: BlockQuantized, *, block: int, accuracy_level: int) -> Carried:
-    """Emit x W as com.microsoft::MatMulNBits, `quantized` holding the rows of W transposed; any K is
-    allowed."""
+    """Emit x W as com.microsoft::MatMulNBits, `quantized` holding W transposed; any K is allowed."""
     graph = _graph(layer)
     rows, columns = quantized.codes.shape[0], quantized.columns
     packed = add_initializer(

@@ -26,8 +26,8 @@ __all__ = ["fold_batchnorm"]
 
 
 def fold_batchnorm(model: ir.Model) -> int:
-    """Fold where the layer's output feeds only the BatchNormalization and all parameters are constant;
-    return how many."""
+    """Fold where the layer's output feeds only the BatchNormalization and all parameters are constant; return
+    how many."""
     return sum(
         _fold(norm)
         for graph in model.graphs()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fold nodes whose inputs are all constant, evaluated by the runtime itself, so that the values are those
-it would compute."""
+"""Fold nodes whose inputs are all constant, evaluated by the runtime itself, so that the values are those it
+would compute."""
 
 from __future__ import annotations
 

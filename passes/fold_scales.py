@@ -43,13 +43,12 @@ class FoldScalesPass(LayerPass):
     inversely. Exact.
 
     A LayerNormalization whose output only these layers read absorbs the scale in its gamma and beta. Where
-    others read it too (the residual of a
-    post-norm transformer), an explicit Mul is emitted, which costs one elementwise operation. Layers that
-    read one value share its scale.
+    others read it too (the residual of a post-norm transformer), an explicit Mul is emitted, which costs one
+    elementwise operation. Layers that read one value share its scale.
 
     With calibration data each group is tried in int8 and scaled only where that gains at least `min_gain` dB;
-    with `data_free` only inputs made by a
-    LayerNormalization are scaled, their magnitudes estimated from gamma and beta.
+    with `data_free` only inputs made by a LayerNormalization are scaled, their magnitudes estimated from
+    gamma and beta.
 
     Args:
         alpha: how much of the difficulty moves from activations to weights, 0 to 1.

@@ -23,8 +23,8 @@ class ScaleGroup:
         value: the shared input.
         layers: its linear readers.
         norm: the LayerNormalization that computes it with constant gamma and beta, or None.
-        absorbed: whether `norm` can absorb the scale: nobody but `layers` reads the value. Else it costs
-            an explicit Mul.
+        absorbed: whether `norm` can absorb the scale: nobody but `layers` reads the value. Else it costs an
+            explicit Mul.
     """
 
     value: ir.Value

@@ -3,8 +3,8 @@
 rewrite.
 
 The names stand in the node's metadata under `splitfold.layers` (a JSON list), also in the exported file. A
-layer is the user's module path
-where the exporter recorded it (``encoder.layer.3.attention.self.query``), else the node's own name.
+layer is the user's module path where the exporter recorded it (``encoder.layer.3.attention.self.query``),
+else the node's own name.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _WEIGHTED = {"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"}
 
 
 def layers_of(node: ir.Node) -> tuple[str, ...]:
-    """Return the user-facing names of the layers that `node` comes from, sorted; empty before
-    `name_layers` ran."""
+    """Return the user-facing names of the layers that `node` comes from, sorted; empty before `name_layers`
+    ran."""
     text = node.metadata_props.get(LAYERS_KEY)
     return tuple(json.loads(text)) if text else ()
 
@@ -104,7 +104,17 @@ def _user_name(node: ir.Node) -> str:
     match = _PATH_NAME.match(name)
     if match is None:
         return f"{call}.{name}" if call else name
-    return match["path"].replace("/", ".") + (match["suffix"] or "" if match["op"] == node.op_type else "")
+    return _module_path(match["path"]) + (match["suffix"] or "" if match["op"] == node.op_type else "")
+
+
+def _module_path(scopes: str) -> str:
+    """Return ``layer1.0.conv1`` for ``layer1/layer1.0/conv1``: a container's items repeat its name."""
+    parts: list[str] = []
+    for part in scopes.split("/"):
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
 
 
 def _torch_scope(node: ir.Node) -> str:

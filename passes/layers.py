@@ -40,8 +40,8 @@ class Layer:
         name: user-facing name.
         kind: which operator it is.
         input: its activation input (the indices of an embedding).
-        weight: its constant weight: [K, N] of MatMul and Gemm (transB = 0), [out, in / groups, ...] of
-            Conv, [rows, columns] of an embedding.
+        weight: its constant weight: [K, N] of MatMul and Gemm (transB = 0), [out, in / groups, ...] of Conv,
+            [rows, columns] of an embedding.
         bias: its own bias input, or None.
         in_subgraph: whether it stands in a body of If, Loop or Scan, whose values cannot be tapped.
     """
@@ -108,8 +108,7 @@ def _layer(node: ir.Node, in_subgraph: bool) -> Layer:
 
 
 def unsupported_reason(node: ir.Node) -> str | None:
-    """Return None for a layer, an empty text for a node that holds no weight at all, else why it is no
-    layer."""
+    """Return None for a layer, an empty text for a node without a weight, else why it is no layer."""
     if node.domain not in ("", "ai.onnx"):
         return ""
     if node.op_type in _NO_CARRIER:

@@ -25,9 +25,8 @@ class LegalizePass(Pass):
     """Rewrite what the target cannot run; refuse what cannot be rewritten.
 
     MatMulNBits on a target without that kernel becomes a float MatMul of the dequantized weight (the numbers
-    stay, the size does not). A redundant
-    `output_dtype` of QuantizeLinear is dropped: with int8 activations the runtime refuses to load it.
-    Operators of an unknown domain are kept and named.
+    stay, the size does not). A redundant `output_dtype` of QuantizeLinear is dropped: with int8 activations
+    the runtime refuses to load it. Operators of an unknown domain are kept and named.
 
     Before::
 

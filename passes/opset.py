@@ -91,8 +91,8 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
 
 
 def _carry_identity(old: ir.Model, new: ir.Model) -> None:
-    """Give converted nodes the names and metadata of those that made the same values: the converter of
-    onnx drops them."""
+    """Give converted nodes the names and metadata of those that made the same values: the converter of onnx
+    drops them."""
     makers = {value.name: node for node in old.graph.all_nodes() for value in node.outputs if value.name}
     for node in new.graph.all_nodes():
         maker = next((makers[value.name] for value in node.outputs if value.name in makers), None)

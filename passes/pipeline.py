@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline: an ordered tuple of passes, a Python value with a text form; running it leaves a record of
-each pass."""
+"""A pipeline: an ordered tuple of passes, a Python value with a text form; running it leaves a record of each
+pass."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class Pipeline:
         """Run all passes over `model`, in place, and return their records.
 
         Raises:
-            PassFailedError: a pass raised something unexpected, or broke its word; it names the passes
-                that ran before.
+            PassFailedError: a pass raised something unexpected, or broke its word; it names the passes that
+                ran before.
             SplitfoldError: an expected error of a pass, as it is.
         """
         records: list[PassRecord] = []

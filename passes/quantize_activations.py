@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static int8: QuantizeLinear/DequantizeLinear placed so that the runtime computes MatMul, Gemm and Conv
-in integers."""
+"""Static int8: QuantizeLinear/DequantizeLinear placed so that the runtime computes MatMul, Gemm and Conv in
+integers."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class QuantizeActivationsPass(LayerPass):
         percentile: share in percent that the percentile calibrator keeps.
         symmetric: fix the zero point of activations at the middle.
         weight_bits: 8, or 7 for CPUs whose u8 x s8 sums saturate.
-        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB
-            is skipped; 0 skips none.
+        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB is
+            skipped; 0 skips none.
 
     Before::
 

@@ -29,14 +29,12 @@ class QuantizeDynamicPass(LayerPass):
     """Quantize MatMul and Gemm with int8 weights per column; each call chooses the activations' range itself.
 
     Needs no calibration. Layers that read one value share its quantization. Convolutions are left alone: the
-    runtime's ConvInteger is several times slower
-    than its float kernel. Looks into subgraphs.
+    runtime's ConvInteger is several times slower than its float kernel. Looks into subgraphs.
 
     Args:
         weight_bits: 8, or 7 for CPUs whose u8 x s8 sums saturate.
-        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB
-            is skipped; 0 skips none
-            and needs no data.
+        min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB is
+            skipped; 0 skips none and needs no data.
 
     Before::
 

@@ -45,8 +45,8 @@ class QuantizeWeightsPass(LayerPass):
         block: rows of a column that share a scale: 16, 32, 64, 128 or 256.
         symmetric: fix the zero point at the middle: fewer bytes, more error.
         form: how it is written.
-        accuracy_level: of MatMulNBits: 4 computes in int8 (fast), 1 in float32 (the runtime's default 0
-            is 13 to 20 times slower for 2 and 8 bits).
+        accuracy_level: of MatMulNBits: 4 computes in int8 (fast), 1 in float32 (the runtime's default 0 is 13
+            to 20 times slower for 2 and 8 bits).
 
     Before::
 

@@ -74,8 +74,8 @@ def activation_range(
     Args:
         stats: with a histogram where the calibrator needs one.
         calibrator: which rule.
-        percentile: of PERCENTILE: the share in percent of the elements kept, the rest cut evenly from
-            both tails.
+        percentile: of PERCENTILE: the share in percent of the elements kept, the rest cut evenly from both
+            tails.
     """
     if calibrator is Calibrator.MOVING_AVERAGE:
         return stats.average_low, stats.average_high

@@ -3,10 +3,9 @@
 into one layer.
 
 A convolution runs in integers only if its output is quantized too, so the values of a convolutional region
-are quantized for all who read
-them, residual Add included. The input of a linear layer is quantized on the edge into that layer alone: a
-residual Add that
-read the quantized value of a post-norm transformer would lose about 15 dB.
+are quantized for all who read them, residual Add included. The input of a linear layer is quantized on the
+edge into that layer alone: a residual Add that read the quantized value of a post-norm transformer would lose
+about 15 dB.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ _PASSING = {
 
 
 def output_point(layer: Layer) -> ir.Value:
-    """Return the value at which a convolution's output is quantized: after a Relu or Clip at zero, which
-    the grid absorbs."""
+    """Return the value at which a convolution's output is quantized: after a Relu or Clip at zero, which the
+    grid absorbs."""
     return _after_activation(layer.node)
 
 

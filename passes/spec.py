@@ -15,7 +15,15 @@ from splitfold.passes.base import Pass
 from splitfold.passes.errors import SpecError
 from splitfold.runtime.errors import did_you_mean
 
-__all__ = ["option_types", "parse_pass", "pass_from_options", "pass_text", "split_top_level"]
+__all__ = [
+    "option_types",
+    "parse_pass",
+    "pass_from_options",
+    "pass_text",
+    "split_top_level",
+    "type_text",
+    "value_text",
+]
 
 _PASS = re.compile(r"^(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>.*)\})?$", re.DOTALL)
 _PLAIN = re.compile(r"^[^\s,{}\[\]=\"]+$")
@@ -30,7 +38,7 @@ def option_types(kind: type[Pass]) -> dict[str, object]:
 def pass_text(value: Pass) -> str:
     """Return the text form of a pass: its name, and the options that differ from their defaults."""
     options = [
-        f"{field.name.replace('_', '-')}={_value_text(getattr(value, field.name))}"
+        f"{field.name.replace('_', '-')}={value_text(getattr(value, field.name))}"
         for field in dataclasses.fields(value)
         if getattr(value, field.name) != _default(field)
     ]
@@ -41,13 +49,14 @@ def _default(field: dataclasses.Field[object]) -> object:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def _value_text(value: object) -> str:
+def value_text(value: object) -> str:
+    """Return the text form of an option's value."""
     if isinstance(value, enum.Enum):
         return str(value.value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{','.join(_value_text(item) for item in value)}]"
+        return f"[{','.join(value_text(item) for item in value)}]"
     if value is None:
         return "none"
     if isinstance(value, str) and not _PLAIN.match(value):
@@ -102,9 +111,11 @@ def pass_from_options(name: str, options: Mapping[str, object], table: Sequence[
 
 def split_top_level(text: str) -> Iterator[str]:
     """Split at commas outside of braces, brackets and quotes; empty parts are dropped."""
-    depth, quoted, start = 0, False, 0
+    depth, quoted, escaped, start = 0, False, False, 0
     for position, character in enumerate(text):
-        if character == '"' and text[position - 1 : position] != "\\":
+        if escaped or (quoted and character == "\\"):
+            escaped = not escaped  # a backslash takes the character after it with it
+        elif character == '"':
             quoted = not quoted
         elif not quoted and character in "{[":
             depth += 1
@@ -124,7 +135,7 @@ def _typed(name: str, option: str, value: object, kind: object) -> object:
     except (ValueError, TypeError) as error:
         raise SpecError(
             f"{name}: option {option}={value} is not "
-            f"{_type_text(kind)}.{error if str(error)[:1] == ' ' else ''}"
+            f"{type_text(kind)}.{error if str(error)[:1] == ' ' else ''}"
         ) from error
 
 
@@ -177,14 +188,15 @@ def _refuse() -> typing.NoReturn:
     raise ValueError("wrong type")
 
 
-def _type_text(kind: object) -> str:
+def type_text(kind: object) -> str:
+    """Return what an option of this type takes, for people."""
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(
-            "none" if part is type(None) else _type_text(part) for part in typing.get_args(kind)
+            "none" if part is type(None) else type_text(part) for part in typing.get_args(kind)
         )
     if origin is tuple:
-        return f"a list of {_type_text(typing.get_args(kind)[0])}"
+        return f"a list of {type_text(typing.get_args(kind)[0])}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in kind)
     return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))  # type: ignore[call-overload, no-any-return]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Emitting static int8: Q/DQ on the values of integer regions and on the edges into linear layers, then
-the layers themselves."""
+"""Emitting static int8: Q/DQ on the values of integer regions and on the edges into linear layers, then the
+layers themselves."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 is replaced.
 
 A copy of the model computes each layer twice, as it is and in low precision, and the two outputs are compared
-over calibration data. So
-the error is the layer's own and not what came before it.
+over calibration data. So the error is the layer's own and not what came before it.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ _BATCHES = 4
 
 @dataclass
 class _Decibels:
-    """Mean over rows of 10 log10(signal / noise): a few rows of great energy must not hide the error of
-    all others."""
+    """Mean over rows of 10 log10(signal / noise): a few rows of great energy must not hide the error of all
+    others."""
 
     total: float = 0.0
     rows: int = 0

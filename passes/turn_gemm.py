@@ -14,8 +14,8 @@ __all__ = ["turn_gemms"]
 
 
 def turn_gemms(model: ir.Model) -> int:
-    """Fold transB, alpha and beta into constant operands; return how many Gemms changed. A shared weight
-    is turned once."""
+    """Fold transB, alpha and beta into constant operands; return how many Gemms changed. A shared weight is
+    turned once."""
     turned: dict[tuple[ir.Value, bool, float], ir.Value] = {}
     return sum(
         _turn(node, turned)

@@ -38,8 +38,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: Array | ir.TensorProtoco
     """Add an initializer to `graph` under a free name made from `name`, and return its value.
 
     A second initializer of one name would silently replace the first. One of that name with the same content
-    is returned as it is, so that
-    layers that share a weight share its quantized form.
+    is returned as it is, so that layers that share a weight share its quantized form.
     """
     taken = _taken_names(graph)
     free, count = name, 0
@@ -78,8 +77,8 @@ def forget_names(model: ir.Model) -> None:
 
 
 def import_domains(model: ir.Model) -> None:
-    """Import, as version 1, domains that nodes of any graph use and the model does not: onnx demands it,
-    the runtime does not."""
+    """Import, as version 1, domains that nodes of any graph use and the model does not: onnx demands it, the
+    runtime does not."""
     known = {*model.opset_imports, "", "ai.onnx"}
     for domain in sorted({node.domain for node in model.graph.all_nodes()} - known):
         model.graph.opset_imports[domain] = 1

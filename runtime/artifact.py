@@ -30,8 +30,8 @@ __all__ = ["MANIFEST_FILE", "MANIFEST_KEY", "Artifact", "read_manifest"]
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_KEY = "splitfold.manifest"
-"""Key of the model's own metadata under which the manifest travels, so that a bare ``.onnx`` can be
-replayed."""
+"""Key of the model's own metadata under which the manifest travels, so that a bare ``.onnx`` can be replayed.
+"""
 
 
 @dataclass(frozen=True)

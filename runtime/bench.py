@@ -50,8 +50,8 @@ def bench(
 ) -> list[Timing]:
     """Time `models` on the same feeds and return one `Timing` each, in order.
 
-    The models take turns of a few runs, and the order of the turns rotates: what else the machine does
-    then falls on all of them alike.
+    The models take turns of a few runs, and the order of the turns rotates: what else the machine does then
+    falls on all of them alike.
 
     Args:
         models: models in memory or paths of ``.onnx`` files, with the same inputs.

@@ -41,9 +41,8 @@ class Calibration:
 
         Args:
             source: a `Calibration`; a path; one feeds mapping; a re-iterable of feeds (list,
-                ``torch.utils.data.DataLoader``);
-                a function that returns a fresh iterator. A batch may be a mapping by input name, or a tuple
-                (or one array) in the order of `inputs`.
+                ``torch.utils.data.DataLoader``); a function that returns a fresh iterator. A batch may be a
+                mapping by input name, or a tuple (or one array) in the order of `inputs`.
             inputs: the model's input names, for batches that are not mappings.
             batch: samples a batch, where `source` is one ``.npz`` file.
 
@@ -157,8 +156,7 @@ def _fixed_batch(model: ir.Model) -> int | None:
 
 
 def _full(batches: Iterable[Feeds], size: int) -> Iterator[Feeds]:
-    """Yield the batches of `size` samples, and a first one in any case: an error can then say what it
-    holds."""
+    """Yield batches of `size` samples, and a first one in any case: an error can then say what it holds."""
     for position, feeds in enumerate(batches):
         if position == 0 or all(array.ndim == 0 or len(array) == size for array in feeds.values()):
             yield feeds

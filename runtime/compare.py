@@ -24,8 +24,8 @@ class Deviation:
         relative: L2 norm of the difference over L2 norm of the reference; 0 is equal.
         cosine: cosine of the two, flattened; 1 is equal.
         sqnr_db: 20 log10 of 1 / `relative`, in decibel; infinite is equal.
-        top1: share of rows (last axis) whose largest element agrees; None where the last axis has fewer
-            than two elements.
+        top1: share of rows (last axis) whose largest element agrees; None where the last axis has fewer than
+            two elements.
     """
 
     max_abs: float

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of models in memory: of the structure (cheap, for telling whether a pass changed anything) and
-of the content (for replay)."""
+"""Digests of models in memory: of the structure (cheap, for telling whether a pass changed anything) and of
+the content (for replay)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def structure_digest(model: ir.Model) -> str:
 
 
 def content_digest(model: ir.Model) -> str:
-    """Return a digest over operators, names, edges, attributes, types and the bytes of all tensors;
-    metadata does not count."""
+    """Return a digest over operators, names, edges, attributes, types and the bytes of all tensors; metadata
+    does not count."""
     return _digest(_parts(model, _tensor_digest, metadata=False))
 
 

@@ -39,8 +39,8 @@ class CalibrationError(SplitfoldError):
 
 
 class UnsupportedError(SplitfoldError):
-    """The model or the target holds something that splitfold does not handle; the message names the node
-    and why."""
+    """The model or the target holds something that splitfold does not handle; the message names the node and
+    why."""
 
 
 class ArtifactError(SplitfoldError):

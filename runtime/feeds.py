@@ -27,8 +27,8 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
 
 
 def check_feeds(model: ir.Model, feeds: Feeds, *, where: str = "the feeds") -> None:
-    """Raise ``ValueError`` with the first mismatch of `feeds` against the model's inputs (name, rank,
-    size, dtype, NaN)."""
+    """Raise ``ValueError`` with the first mismatch of `feeds` against the model's inputs (name, rank, size,
+    dtype, NaN)."""
     known = {value.name or "": value for value in model.graph.inputs}
     for name in feeds:
         if name not in known:
@@ -68,8 +68,8 @@ def synthetic_feeds(model: ir.Model, *, seed: int = 0, size: int = 8) -> dict[st
     """Return seeded feeds of the right shapes and dtypes and of plausible ranges.
 
     Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere). Floats are
-    standard normal, integers are indices that
-    the tables they select from can hold (else 0 or 1), masks (`*mask*`) are ones, booleans are true.
+    standard normal, integers are indices that the tables they select from can hold (else 0 or 1), masks
+    (`*mask*`) are ones, booleans are true.
 
     Raises:
         UnsupportedError: an input is not a tensor, or its rank is unknown.

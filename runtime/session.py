@@ -44,8 +44,8 @@ class Session:
         target: where it runs.
         threads: intra-operator threads; 0 is the runtime's choice.
         optimization: how far the runtime may rewrite the graph.
-        taps: names of internal values that `run` will be asked for; naming them here saves opening the
-            model again.
+        taps: names of internal values that `run` will be asked for; naming them here saves opening the model
+            again.
 
     Raises:
         SessionError: the runtime refuses the model.

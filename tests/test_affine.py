@@ -360,6 +360,23 @@ def test_mse_is_near_the_best_of_all_intervals(values: Array) -> None:
     assert found <= squared_error(values, stats.low, stats.high)
 
 
+def test_mse_clips_what_is_rare() -> None:
+    edges = np.linspace(-40, 60, BINS + 1)
+    centers = (edges[:-1] + edges[1:]) / 2
+    counts = np.rint(1e7 * np.exp(-(centers**2) / 2)).astype(np.int64)
+    counts[[0, -1]] = 1  # one outlier at either end, of a hundred million elements
+    stats = ActivationStats(-40.0, 60.0, -40.0, 60.0, 1.0, True, int(counts.sum()), counts)
+
+    def error(low: float, high: float) -> float:
+        difference = activation_grid(low, high).round_trip(centers) - centers
+        return float(np.dot(counts, difference**2))
+
+    low, high = activation_range(stats, Calibrator.MSE)
+    best = min(error(-40 * a, 60 * b) for a in np.linspace(0.1, 1, 46) for b in np.linspace(0.1, 1, 46))
+    assert error(low, high) <= 1.1 * best
+    assert error(low, high) < 0.2 * error(-40, 60)
+
+
 @samples
 def test_entropy_keeps_most_of_the_values(values: Array) -> None:
     stats = stats_of([values])

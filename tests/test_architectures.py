@@ -22,7 +22,8 @@ _CHOSEN = (
     "bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "mobilebert", "modernbert",
     "gpt2", "opt", "llama", "qwen2", "gemma", "phi", "gpt-neox", "bloom", "falcon",
     "t5-encoder", "bart-encoder", "vit", "swin", "beit", "dinov2", "segformer",
-    "resnet", "convnext", "mobilenet-v2", "regnet-y", "wav2vec2", "whisper-encoder", "clip-text", "clip-vision",
+    "resnet", "convnext", "mobilenet-v2", "regnet-y", "wav2vec2", "whisper-encoder", "clip-text",
+    "clip-vision",
 )  # fmt: skip
 _COSINES: dict[str, float] = {}
 """Output cosine by architecture, filled by the tests below and judged as a whole by the last one."""

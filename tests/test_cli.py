@@ -226,7 +226,7 @@ def test_layers_that_no_low_bit_kernel_computes(run: Run) -> None:
     command = ("compile", "model.onnx", "--preset", "int4")
     back = run(*command, "-o", "float").stdout
     for layer in ("encoder.up", "encoder.down"):
-        assert f"put back to float: {layer}: no low-bit kernel of the target computes it" in back
+        assert f"taken back: {layer}: no low-bit kernel of the target computed it" in back
     assert {node.op_type for node in onnx.load("float/model.onnx").graph.node} == {"MatMul", "Add", "Relu"}
     assert "identical, byte for byte" in run("replay", "float", "--model", "model.onnx").stdout
     kept = run(*command, "-o", "kept", "--unrealised", "keep").stdout

@@ -98,7 +98,7 @@ def test_nan_names_the_first_value_that_has_it() -> None:
 def test_a_deviation_beyond_the_tolerance_names_the_pass_to_blame() -> None:
     pipeline = Pipeline.of(CanonicalizePass(), QuantizeDynamicPass(), _LossySabotage(factor=-1.0))
     pipeline = Pipeline.of(*pipeline.steps[:1], pipeline.steps[2], pipeline.steps[1])
-    with pytest.raises(VerificationError, match="cosine -0.9") as caught:
+    with pytest.raises(VerificationError, match=r"cosine -0\.9") as caught:
         compile(_model(), pipeline=pipeline)
     assert caught.value.blame == "lossy-sabotage{factor=-1.0}"
     assert caught.value.output == "y"
@@ -163,13 +163,14 @@ def test_an_unrealised_layer_may_be_kept_or_be_an_error() -> None:
 
 
 def test_a_weight_that_stays_dequantized_is_seen() -> None:
-    """The runtime leaves DequantizeLinear + MatMul where the scales run along K: read from its own graph, not believed."""
+    """The runtime leaves DequantizeLinear + MatMul where the scales run along K: its own graph says so."""
     from splitfold.compiler.realisation import read_realisation
     from splitfold.passes.pipeline import PassRecord
 
     model = ir.from_onnx_text(
         """<ir_version: 8, opset_import: ["": 17]>
-        two (float[n, 32] x) => (float[n, 64] y) { w = DequantizeLinear<axis=0>(Wq, s, z) y = MatMul(x, w) }""",
+        two (float[n, 32] x) => (float[n, 64] y)
+        { w = DequantizeLinear<axis=0>(Wq, s, z) y = MatMul(x, w) }""",
         initializers=[
             ir.tensor(np.ones((32, 64), np.int8), name="Wq"),
             ir.tensor(np.linspace(1, 2, 32, dtype=np.float32), name="s"),
@@ -186,7 +187,7 @@ def test_required_application() -> None:
         compile(_model(), pipeline="quantize-embeddings{require=some}")
     with pytest.raises(PassFailedError, match=r"1 candidates were skipped \(second: excluded by option\)"):
         compile(_model(), pipeline="quantize-dynamic{exclude=[second],require=all}")
-    with pytest.raises(SpecError, match="no layer matches 'secnd'. Did you mean 'second'"):
+    with pytest.raises(SpecError, match=r"no layer matches 'secnd'\. Did you mean 'second'"):
         compile(_model(), pipeline="quantize-dynamic{exclude=[secnd]}")
 
 
@@ -206,6 +207,10 @@ def test_observers_are_told_of_each_pass() -> None:
     told = Told()
     compile(_model(), pipeline="quantize-dynamic", observers=[told])
     assert told.texts == [
-        "before canonicalize 1/3", "after canonicalize", "before quantize-dynamic 2/3", "after quantize-dynamic",
-        "before legalize 3/3", "after legalize",
-    ]  # fmt: skip
+        "before canonicalize 1/3",
+        "after canonicalize",
+        "before quantize-dynamic 2/3",
+        "after quantize-dynamic",
+        "before legalize 3/3",
+        "after legalize",
+    ]

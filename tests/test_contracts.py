@@ -83,7 +83,11 @@ def _values(hint: object) -> list[Any]:
     if hint is float:
         return [0.5, 12.5, 99.9, 1e-7]
     if typing.get_origin(hint) is tuple:
-        return [("a.b.*",), ("plain", "two words", 'a "quoted" one', "comma, {brace} [bracket]")]
+        return [
+            ("a.b.*",),
+            ("plain", "two words", 'a "quoted" one', "comma, {brace} [bracket]"),
+            ("back\\slash", '\\"', "ends here\\"),
+        ]
     return ["text"] if hint is str else []
 
 

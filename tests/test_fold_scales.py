@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def test_equation_four_by_hand() -> None:
-    """max|x| = (16, 1), max|W| = (1, 4), alpha = 1/2: s = (4 / 1, 1 / 2), divided by their geometric mean sqrt(2)."""
+    """max|x| = (16, 1), max|W| = (1, 4), alpha = 1/2: s = (4, 1/2), over their geometric mean sqrt(2)."""
     scales = smoothing_scales(np.array([16.0, 1.0], np.float32), np.array([1.0, 4.0], np.float32), 0.5)
     np.testing.assert_allclose(scales, np.array([4.0, 0.5]) / np.sqrt(2.0), rtol=1e-6)
 

@@ -83,7 +83,7 @@ def compile_command(
             observers=[progress],
             unrealised=choice,
         )
-    print_report(artifact, steps, verbose=verbose)
+    print_report(artifact, verbose=verbose)
     artifact.save(output, overwrite=overwrite)
     _print_sizes(artifact, source, output)
 

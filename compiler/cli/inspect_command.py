@@ -108,7 +108,7 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     )
     for name in ("source", "calibration"):
         say(name, f"digest {manifest.get(name) or '-'}")
-    print_kernels(manifest.get("realised", {}))
+    print_kernels(manifest)
     if "deviation" in manifest:
         print_deviation(manifest)
     out().print(

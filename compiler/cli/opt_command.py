@@ -69,7 +69,7 @@ def opt_command(
             observers=[progress],
         )
     was = file_bytes(model_path(model))
-    print_report(artifact, steps, verbose=verbose)
+    print_report(artifact, verbose=verbose)
     written = artifact.save_model(output)
     say("file", f"{megabytes(was)} > {megabytes(file_bytes(written))}")
     say("written", written)

@@ -18,9 +18,7 @@ from splitfold.compiler.cli.output import out, table
 from splitfold.compiler.presets import PRESETS
 from splitfold.passes.base import Pass
 from splitfold.passes.errors import SpecError
-from splitfold.passes.spec import _type_text as type_text
-from splitfold.passes.spec import _value_text as value_text
-from splitfold.passes.spec import option_types
+from splitfold.passes.spec import option_types, type_text, value_text
 from splitfold.passes.table import PASSES
 from splitfold.runtime.errors import did_you_mean
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splitfold.compiler.cli.output import deviation_text, megabytes, out, say, table
-from splitfold.passes.base import LayerPass
-from splitfold.passes.pipeline import PassRecord, Pipeline
+from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.artifact import Artifact
 
 __all__ = ["print_deviation", "print_kernels", "print_passes", "print_report", "print_skipped"]
@@ -17,12 +16,12 @@ __all__ = ["print_deviation", "print_kernels", "print_passes", "print_report", "
 _NAMES_SHOWN = 4
 
 
-def print_report(artifact: Artifact, requested: Pipeline, *, verbose: bool) -> None:
-    """Print all that a compilation did; `requested` is the pipeline as the user gave it."""
+def print_report(artifact: Artifact, *, verbose: bool) -> None:
+    """Print all that a compilation did."""
     say("pipeline", artifact.manifest["pipeline"])
     print_passes(artifact.records)
     print_skipped(artifact.records, verbose=verbose)
-    print_kernels(artifact.manifest["realised"], _put_back(artifact, requested))
+    print_kernels(artifact.manifest)
     print_deviation(artifact.manifest)
 
 
@@ -74,8 +73,9 @@ def _layers(layers: Sequence[str], verbose: bool) -> str:
     return ", ".join(layers[:_NAMES_SHOWN]) + f", and {len(layers) - _NAMES_SHOWN} more"
 
 
-def print_kernels(realised: Mapping[str, Mapping[str, Any]], put_back: Sequence[str] = ()) -> None:
+def print_kernels(manifest: Mapping[str, Any]) -> None:
     """Print which kernels of the runtime compute the low-bit layers, and each layer that none does."""
+    realised, put_back = manifest.get("realised", {}), manifest.get("put_back", {})
     if not realised and not put_back:
         return
     counts = Counter(item["kernel"] for item in realised.values() if item["low_bit"])
@@ -87,18 +87,11 @@ def print_kernels(realised: Mapping[str, Mapping[str, Any]], put_back: Sequence[
     for layer, item in realised.items():
         if not item["low_bit"]:
             out().print(f"  not realised: {layer} runs as {item['kernel']}", soft_wrap=True)
-    for layer in put_back:
+    for layer, kernel in put_back.items():
         out().print(
-            f"  put back to float: {layer}: no low-bit kernel of the target computes it", soft_wrap=True
+            f"  taken back: {layer}: no low-bit kernel of the target computed it, it ran as {kernel}",
+            soft_wrap=True,
         )
-
-
-def _put_back(artifact: Artifact, requested: Pipeline) -> list[str]:
-    """Return the layers that the compiler itself excluded, because the runtime did not realise them."""
-    before = {pattern for step in requested if isinstance(step, LayerPass) for pattern in step.exclude}
-    after = Pipeline.parse(str(artifact.manifest["pipeline"]))
-    found = [pattern for step in after if isinstance(step, LayerPass) for pattern in step.exclude]
-    return [layer for layer in dict.fromkeys(found) if layer not in before]
 
 
 def print_deviation(manifest: Mapping[str, Any]) -> None:

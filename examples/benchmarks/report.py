@@ -109,8 +109,21 @@ def open_bare(path: Path) -> Any:
     return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """(median seconds, median speed-up over the first) of each run, timed in turn in each round.
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a run; its speed-up over the first run: median and quartiles over the rounds."""
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}x fp32 ({self.low:.2f} to {self.high:.2f}), {self.seconds * 1e3:.2f} ms"
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """The timing of each run, all of them timed in turn in each round; the first is fp32.
 
     Other load on the machine hits all of them alike; a ratio is taken in each round, then the median of them.
     """
@@ -123,11 +136,12 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
-    base = times[next(iter(runs))]
-    return {
-        name: (statistics.median(found), statistics.median(b / t for b, t in zip(base, found, strict=True)))
-        for name, found in times.items()
-    }
+    base = np.array(times[next(iter(runs))])
+    found = {}
+    for name, seconds in times.items():
+        low, middle, high = np.quantile(base / np.array(seconds), (0.25, 0.5, 0.75)).tolist()
+        found[name] = Timing(statistics.median(seconds), middle, low, high)
+    return found
 
 
 def kernels(path: Path) -> str:

@@ -72,11 +72,11 @@ def speed(report: Report, files: dict[str, Path], feed: Feeds) -> None:
     sessions: dict[str, Any] = {name: open_bare(path) for name, path in files.items()}
     runs = {name: lambda s=session: s.run(None, feed) for name, session in sessions.items()}
     batch = len(next(iter(feed.values())))
-    for name, (seconds, ratio) in interleaved(runs, ROUNDS).items():
+    for name, timing in interleaved(runs, ROUNDS).items():
         where = "" if name == "fp32" else f"; {kernels(files[name])}"
         report.note(
             f"  {name}, batch {batch}",
-            f"{ratio:.2f}x fp32, {seconds * 1e3:.2f} ms, {megabytes(files[name]):.2f} MB{where}",
+            f"{timing}, {megabytes(files[name]):.2f} MB{where}",
         )
 
 
