@@ -13,6 +13,7 @@ from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
 from splitfold.passes.quantize_weights import QuantizeWeightsPass
+from splitfold.passes.static_int8 import StaticForm
 from splitfold.runtime.errors import did_you_mean
 
 __all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "preset"]
@@ -37,7 +38,7 @@ def int8() -> Pipeline:
     return Pipeline.of(
         CanonicalizePass(),
         FoldScalesPass(),
-        QuantizeActivationsPass(min_sqnr=_STATIC_SQNR),
+        QuantizeActivationsPass(min_sqnr=_STATIC_SQNR, form=StaticForm.INTEGER),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
         QuantizeEmbeddingsPass(),
     )

@@ -133,7 +133,9 @@ def _read(model: object) -> tuple[ir.Model, Path | None]:
     if isinstance(model, ir.Model):
         return model.clone(), None
     if isinstance(model, onnx.ModelProto):
-        return ir.from_proto(model), None
+        made = ir.from_proto(model)
+        made.graph.sort()
+        return made, None
     if isinstance(model, str | Path):
         file = model_path(model)
         return read_model(file), file

@@ -153,7 +153,7 @@ def _drop_identity(node: ir.Node) -> bool:
         return False
     if result.is_graph_output():
         produced_here = source.producer() is not None and source.graph is graph
-        if not produced_here or source.is_graph_output():
+        if not produced_here or source.is_graph_output() or _is_turned_for_gemm(source):
             return False
         name = result.name
         result.name = f"{name}_dropped"
@@ -167,6 +167,17 @@ def _drop_identity(node: ir.Node) -> bool:
         source.shape = result.shape
     graph.remove(node, safe=True)
     return True
+
+
+def _is_turned_for_gemm(value: ir.Value) -> bool:
+    """Return whether a Gemm reads this Transpose's output.
+
+    The runtime fuses the two and loses the value: it cannot open the model where that is a graph output
+    itself (seen in 1.31.1).
+    """
+    producer = value.producer()
+    turned = producer is not None and producer.op_type == "Transpose"
+    return turned and any(use.node.op_type == "Gemm" for use in value.uses())
 
 
 def _infer_shapes(model: ir.Model) -> int:

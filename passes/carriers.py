@@ -38,9 +38,19 @@ class Carried:
 
 @dataclass(frozen=True)
 class QuantizedInput:
-    """An activation after its round trip, and the scale of its grid (an initializer, float32 scalar)."""
+    """A quantized activation.
+
+    Attributes:
+        value: after the round trip, in float.
+        codes: its integer codes.
+        scale, zero_point: initializers of its grid, scalars.
+        grid: the grid.
+    """
 
     value: ir.Value
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value
     grid: ActivationGrid
 
 
@@ -72,7 +82,7 @@ def fake_quantize(
         made = [node for node in (codes.producer(), back.producer()) if node is not None]
         graph.remove(made)
         graph.insert_after(at, made)
-    return QuantizedInput(back, grid)
+    return QuantizedInput(back, codes, scale, zero, grid)
 
 
 def carry_static(layer: Layer, data: QuantizedInput, *, levels: int) -> Carried:

@@ -19,6 +19,10 @@ OLDEST_OPSET = 7
 """Older models are refused: ONNX Runtime guarantees nothing below opset 7."""
 _WORKING_OPSET = 13
 """QuantizeLinear has an axis, and Softmax and Squeeze their present meaning, from here on."""
+_NORM_OPSET = 17
+"""ONNX has LayerNormalization from here on."""
+
+_HIDDEN = "splitfold.unknown"
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +33,26 @@ def default_opset(model: ir.Model) -> int:
     return int(version) if version is not None else 0
 
 
-def raise_opset(model: ir.Model, opset: int = _WORKING_OPSET) -> str | None:
-    """Raise the default opset to `opset` in place where it is lower; return None, or the reason why it
-    stayed.
+def working_opset(model: ir.Model) -> int:
+    """Return the oldest opset in which the model is valid and that passes work with.
+
+    ONNX Runtime has LayerNormalization from opset 1 on, ONNX from 17: older exports of transformers use it.
+    """
+    newer = any(
+        node.op_type == "LayerNormalization" and node.domain == "" for node in model.graph.all_nodes()
+    )
+    return _NORM_OPSET if newer else _WORKING_OPSET
+
+
+def raise_opset(model: ir.Model, opset: int | None = None) -> str | None:
+    """Raise the default opset to `opset` (the working one) in place where it is lower; return None, or the
+    reason why it stayed.
 
     Raises:
         UnsupportedError: the model is older than opset 7 and cannot be converted.
     """
     present = default_opset(model)
+    opset = working_opset(model) if opset is None else opset
     if present == 0 or present >= opset:
         return None
     reason = _convert(model, opset, present)
@@ -77,7 +93,9 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
     def convert(proto: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.version_converter.convert_version(proto, opset)
 
+    _move_unknown(model)
     converted = ir.from_proto(_c_api_utils.call_onnx_api(convert, model))
+    _move_back(converted)
     for name, value in converted.graph.initializers.items():
         held = model.graph.initializers.get(name)
         if value.const_value is None and held is not None:
@@ -88,6 +106,29 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
         value.const_value = tensor
         converted.graph.register_initializer(value)
     _adopt(model, converted)
+
+
+def _move_unknown(model: ir.Model) -> None:
+    """Hide operators that the runtime has in this opset and ONNX has not: the converter stops at them, while
+    it passes other domains by.
+    """
+    present = default_opset(model)
+    unknown = [node for node in model.graph.all_nodes() if node.domain == "" and not _has(node, present)]
+    for node in unknown:
+        node.domain = _HIDDEN
+    if unknown:
+        model.graph.opset_imports[_HIDDEN] = 1
+
+
+def _move_back(model: ir.Model) -> None:
+    for node in model.graph.all_nodes():
+        if node.domain == _HIDDEN:
+            node.domain = ""
+    model.graph.opset_imports.pop(_HIDDEN, None)
+
+
+def _has(node: ir.Node, opset: int) -> bool:
+    return bool(onnx.defs.has(node.op_type, opset, ""))
 
 
 def _carry_identity(old: ir.Model, new: ir.Model) -> None:

@@ -18,7 +18,7 @@ from splitfold.passes.layers import Layer, LayerKind, find_layers
 from splitfold.passes.opset import default_opset
 from splitfold.passes.ranges import ActivationStats, Calibrator, activation_range
 from splitfold.passes.regions import moved_into_subgraph, output_point, region_values
-from splitfold.passes.static_int8 import quantize_statically, trial_carrier
+from splitfold.passes.static_int8 import StaticForm, quantize_statically, trial_carrier
 from splitfold.passes.trial import local_sqnr
 from splitfold.passes.values import constant
 from splitfold.runtime.target import Carrier
@@ -46,6 +46,8 @@ class QuantizeActivationsPass(LayerPass):
         weight_bits: 8, or 7 for CPUs whose u8 x s8 sums saturate.
         min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB is
             skipped; 0 skips none.
+        form: how a linear layer is written: qdq is standard ONNX; integer names the kernel and takes the bias
+            along, which saves an Add. A Conv is written as qdq.
 
     Before::
 
@@ -63,6 +65,7 @@ class QuantizeActivationsPass(LayerPass):
     symmetric: bool = False
     weight_bits: int = 8
     min_sqnr: float = 0.0
+    form: StaticForm = StaticForm.QDQ
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (7, 8):
@@ -89,7 +92,7 @@ class QuantizeActivationsPass(LayerPass):
         if self.min_sqnr > 0:
             measured = local_sqnr(model, trial_carrier(layers, grids, levels), calibration, context.target)
             layers = [layer for layer in layers if self._accurate(layer, measured, findings)]
-        quantize_statically(model, layers, grids, levels, findings)
+        quantize_statically(model, layers, grids, levels, self.form, findings)
         return bool(layers)
 
     def _candidates(self, model: ir.Model, context: Context, findings: Findings) -> list[Layer]:
@@ -100,7 +103,7 @@ class QuantizeActivationsPass(LayerPass):
         for layer in layers:
             if layer.kind is LayerKind.EMBEDDING:
                 continue
-            reason = self.unwanted(layer.name) or _structural_reason(layer, model, context)
+            reason = self.unwanted(layer.name) or _structural_reason(layer, model, context, self.form)
             if reason is None:
                 kept.append(layer)
             else:
@@ -131,9 +134,11 @@ class QuantizeActivationsPass(LayerPass):
         )
 
 
-def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str | None:
+def _structural_reason(layer: Layer, model: ir.Model, context: Context, form: StaticForm) -> str | None:
     if not context.target.carries(Carrier.STATIC_QDQ):
         return f"target {context.target.name} has no static int8 kernels"
+    if form is StaticForm.INTEGER and layer.is_linear and not context.target.carries(Carrier.INTEGER_MATMUL):
+        return f"target {context.target.name} does not carry {Carrier.INTEGER_MATMUL.value}: use form=qdq"
     if default_opset(model) < 13:
         return f"opset {default_opset(model)} has no DequantizeLinear per channel (13 has)"
     if layer.in_subgraph:

@@ -4,6 +4,7 @@ layers themselves."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
@@ -11,11 +12,12 @@ import onnx_ir as ir
 from splitfold.passes.affine import ActivationGrid
 from splitfold.passes.base import Findings
 from splitfold.passes.carriers import Carried, QuantizedInput, carry_static, fake_quantize
+from splitfold.passes.integer_linear import carry_integer, following_bias
 from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.regions import region_values
 from splitfold.passes.values import drop_unused, replace_value
 
-__all__ = ["quantize_statically", "trial_carrier"]
+__all__ = ["StaticForm", "quantize_statically", "trial_carrier"]
 
 Grids = Mapping[str, ActivationGrid]
 """Grid by value name, of the values that a grid can hold."""
@@ -35,8 +37,17 @@ def trial_carrier(layers: Sequence[Layer], grids: Grids, levels: int) -> Callabl
     return carry
 
 
+class StaticForm(enum.Enum):
+    """How a statically quantized linear layer is written; a Conv is always written as Q/DQ."""
+
+    QDQ = "qdq"
+    """Standard QuantizeLinear / DequantizeLinear, which the runtime fuses."""
+    INTEGER = "integer"
+    """com.microsoft::MatMulIntegerToFloat, which takes the bias along."""
+
+
 def quantize_statically(
-    model: ir.Model, layers: Sequence[Layer], grids: Grids, levels: int, findings: Findings
+    model: ir.Model, layers: Sequence[Layer], grids: Grids, levels: int, form: StaticForm, findings: Findings
 ) -> None:
     """Replace `layers` by their static int8 form, regions included, and record each with its weight."""
     convolutions = [layer for layer in layers if layer.kind is LayerKind.CONV]
@@ -48,12 +59,25 @@ def quantize_statically(
         if layer.input not in inputs:
             inputs[layer.input] = _quantize_edge(layer.input, grids[layer.input.name or ""], nodes, order)
     for layer in layers:
-        carried = carry_static(layer, inputs[layer.input], levels=levels)
-        replace_value(layer.output, carried.output)
-        drop_unused([layer.node])
-        findings.apply(layer.name, f"{layer.kind.value} static int8", weight=carried.weight)
+        weight = _replace(layer, inputs[layer.input], levels, form)
+        findings.apply(layer.name, f"{layer.kind.value} static int8", weight=weight)
+    drop_unused([node for data in inputs.values() if (node := data.value.producer()) is not None])
     if region:
         findings.notes.append(f"{len(region)} values of integer regions are quantized for all their readers")
+
+
+def _replace(layer: Layer, data: QuantizedInput, levels: int, form: StaticForm) -> str:
+    """Put the low-bit form in the place of `layer` and return the name of its weight."""
+    if form is StaticForm.INTEGER and layer.is_linear:
+        add = following_bias(layer)
+        carried = carry_integer(layer, data, levels=levels, add=add)
+        replaced = [layer.node] if add is None else [add, layer.node]
+    else:
+        carried = carry_static(layer, data, levels=levels)
+        replaced = [layer.node]
+    replace_value(replaced[0].outputs[0], carried.output)
+    drop_unused(replaced)
+    return carried.weight
 
 
 def _first(nodes: Sequence[ir.Node], order: Mapping[ir.Node, int]) -> ir.Node:

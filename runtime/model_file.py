@@ -62,6 +62,7 @@ def read_model(path: Path) -> ir.Model:
         raise ArtifactError(f"cannot read {path}: {_reason(error)}.") from error
     try:
         model = ir.load(path)
+        model.graph.sort()  # the runtime runs nodes in any order; copying a model wants them sorted
     except Exception as error:
         raise ArtifactError(
             f"{path} is not an ONNX model, or it is truncated ({type(error).__name__}: {error})."

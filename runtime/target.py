@@ -22,6 +22,8 @@ class Carrier(enum.Enum):
 
     STATIC_QDQ = "static-qdq"
     """QuantizeLinear/DequantizeLinear around the operator, fused by the runtime to an integer kernel."""
+    INTEGER_MATMUL = "integer-matmul"
+    """com.microsoft::MatMulIntegerToFloat on quantized activations."""
     DYNAMIC_INT8 = "dynamic-int8"
     """DynamicQuantizeLinear and MatMulInteger, fused by the runtime to DynamicQuantizeMatMul /
     MatMulIntegerToFloat."""

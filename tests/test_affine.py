@@ -14,7 +14,6 @@ from seeded import parse_graph
 from splitfold.passes.activations import activation_stats
 from splitfold.passes.affine import (
     ActivationGrid,
-    BlockQuantized,
     activation_grid,
     dequantize_blocks,
     pack_codes,
@@ -69,8 +68,7 @@ def test_activations_round_trip_within_half_a_step(
 def test_zero_is_exact(first: float, second: float, symmetric: bool) -> None:
     grid = activation_grid(min(first, second), max(first, second), symmetric=symmetric)
     assert grid.round_trip(np.zeros(3, np.float32)).tolist() == [0.0, 0.0, 0.0]
-    assert grid.scale > 0
-    assert np.isfinite(grid.scale)
+    assert 0 < grid.scale < np.inf
     assert (grid.zero_point == 128) or not symmetric
 
 
@@ -395,7 +393,6 @@ def test_a_constant_has_a_range() -> None:
 
 def test_codes_are_held_as_they_are_described() -> None:
     q = quantize_blocks(np.array([[0.0, 1.5, -0.5, 3.0]], np.float32), bits=4, block=16, symmetric=False)
-    assert isinstance(q, BlockQuantized)
     assert q.scales.tolist() == [[pytest.approx(3.5 / 15)]]
     assert q.zero_points is not None
     assert q.zero_points.tolist() == [[2]]

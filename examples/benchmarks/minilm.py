@@ -192,9 +192,7 @@ def costs(report: Report, variants: Sequence[Variant]) -> None:
             report.check(f"{variant.name}: file, MB", megabytes(variant.path), largest, most=True, form=".2f")
         else:
             report.note(f"{variant.name}: file, MB", f"{megabytes(variant.path):.2f}")
-        layers = (
-            "" if variant.artifact is None else f"{low_bit(variant.artifact)} layers in low-bit kernels; "
-        )
+        layers = "" if variant.artifact is None else f"{low_bit(variant.artifact)} layers low-bit; "
         report.note(f"{variant.name}: kernels", layers + kernels(variant.path))
         if variant.name == "splitfold int8":
             report.check(

@@ -170,18 +170,26 @@ def sqnr(reference: Sequence[npt.NDArray[Any]], actual: Sequence[npt.NDArray[Any
     return 10 * float(np.log10(signal / noise)) if noise and signal else float("inf")
 
 
-def low_bit(artifact: Artifact) -> str:
-    """How many of the layers with weights run in a low-bit kernel: ``36 of 37``."""
-    held = {layer for layer, found in artifact.manifest["realised"].items() if found["low_bit"]}
-    return f"{len(held)} of {len(held) + len(left_in_float(artifact))}"
+def held(artifact: Artifact) -> set[str]:
+    """The layers in low precision: those whose kernel was seen, and the embedding tables, which no kernel multiplies."""
+    realised = artifact.manifest["realised"]
+    records = [record for record in artifact.records if record.text.startswith("quantize-")]
+    applied = {layer for record in records for layer, _ in record.applied}
+    return {layer for layer in applied if layer not in realised or realised[layer]["low_bit"]}
 
 
 def left_in_float(artifact: Artifact) -> dict[str, str]:
-    """The layers that no pass carried in low precision, each with the last reason given."""
+    """The layers that no pass holds in low precision, each with the last reason given."""
     records = [record for record in artifact.records if record.text.startswith("quantize-")]
     reasons = {layer: reason for record in records for layer, reason in record.skipped}
-    held = {layer for layer, found in artifact.manifest["realised"].items() if found["low_bit"]}
-    return {layer: reason for layer, reason in reasons.items() if layer not in held}
+    low = held(artifact)
+    return {layer: reason for layer, reason in reasons.items() if layer not in low}
+
+
+def low_bit(artifact: Artifact) -> str:
+    """How many of the layers with weights are in low precision: ``38 of 39``."""
+    low = len(held(artifact))
+    return f"{low} of {low + len(left_in_float(artifact))}"
 
 
 def explain(artifact: Artifact) -> None:

@@ -120,7 +120,7 @@ def main() -> int:
                 report.check(f"{name}: perplexity rise, %", rise, RISE, most=True, form=".3f")
             else:
                 report.note(f"{name}: perplexity rise, %", f"{rise:.3f}")
-            layers = f"{low_bit(artifact)} layers in low-bit kernels; {kernels(path)}"
+            layers = f"{low_bit(artifact)} layers low-bit; {kernels(path)}"
             report.note(
                 f"  {name}: perplexity, file, kernels", f"{found:.4f}, {megabytes(path):.2f} MB, {layers}"
             )

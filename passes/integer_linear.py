@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integer form of a linear layer: com.microsoft::MatMulIntegerToFloat, which takes the bias along.
+
+The runtime fuses Q/DQ around a MatMul to the same kernel, but leaves the bias as an Add of its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from splitfold.passes.affine import quantize_weight
+from splitfold.passes.carriers import Carried, QuantizedInput
+from splitfold.passes.layers import Layer
+from splitfold.passes.values import add_initializer, constant, emit, sole_consumer
+
+__all__ = ["carry_integer", "following_bias"]
+
+
+def following_bias(layer: Layer) -> ir.Node | None:
+    """Return the Add of a constant bias, one value a column, that alone reads a MatMul; None where there is none."""
+    node = sole_consumer(layer.output)
+    if layer.bias is not None or node is None or node.op_type != "Add" or node.domain != "":
+        return None
+    columns = layer.weight_array().shape[1]
+    tensor = constant(_other(node, layer.output))
+    fits = tensor is not None and tensor.shape.numpy() == (columns,) and tensor.dtype == ir.DataType.FLOAT
+    return node if fits and node.graph is layer.node.graph else None
+
+
+def _other(add: ir.Node, value: ir.Value) -> ir.Value | None:
+    return add.inputs[1] if add.inputs[0] is value else add.inputs[0]
+
+
+def carry_integer(layer: Layer, data: QuantizedInput, *, levels: int, add: ir.Node | None) -> Carried:
+    """Emit the layer on the integer codes of its input; `add` is the bias Add to take along, or None.
+
+    y = MatMulIntegerToFloat(q, W, sx, sw, zx, zw, bias) with int8 weights per column.
+    """
+    graph = layer.weight.graph or layer.node.graph
+    if graph is None:
+        raise ValueError(f"{layer.name} is in no graph")
+    codes, scales = quantize_weight(layer.weight_array(), layer.channel_axis, levels=levels)
+    weight = add_initializer(graph, f"{layer.weight.name}_int8", codes)
+    scale = add_initializer(graph, f"{layer.weight.name}_scale", scales)
+    zero = add_initializer(graph, f"{layer.weight.name}_zero_point", np.zeros(scales.shape, np.int8))
+    bias = layer.bias if add is None else _other(add, layer.output)
+    taken = bias is not None and bias.shape is not None and bias.shape.numpy() == scales.shape
+    inputs: list[ir.Value | None] = [data.codes, weight, data.scale, scale, data.zero_point, zero]
+    output = emit(
+        layer.node,
+        "MatMulIntegerToFloat",
+        [*inputs, bias] if taken else inputs,
+        domain="com.microsoft",
+        names=[f"{layer.output.name}_int8"],
+        origins=[] if add is None else [add],
+        like=layer.output,
+    )
+    if bias is not None and not taken:
+        output = emit(
+            layer.node, "Add", [output, bias], names=[f"{layer.output.name}_biased"], like=layer.output
+        )
+    return Carried(output, weight.name or "")
