@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[[Session], float]
 """The user's metric of an opened model; more is better."""
 
+_CHECKED_BELOW = 1_000_000_000
+"""Bytes of weights above which the ONNX checker is not asked: protobuf ends at 2 GB."""
 _REPAIRS = 3
 """Rounds in which layers that the runtime did not realise are put back to float; the second is already rare.
 """
@@ -123,8 +125,8 @@ class _Build:
     def __post_init__(self) -> None:
         self.reference: Mapping[str, Any] = {}
         self.put_back: dict[str, str] = {}
-        if self.source.unrunnable:
-            logger.warning("the result is not verified: %s", self.source.unrunnable)
+        if self.source.unverified:
+            logger.warning("the result is not verified: %s", self.source.unverified)
         else:
             self.reference = Verifier(self.source.model, self.source.feeds, self.target).reference
 
@@ -134,8 +136,8 @@ class _Build:
             records = steps.run(
                 model, Context(self.target, self.calibration), (*self._verifier(), *self.observers)
             )
-            _check_valid(model, steps)
-            if self.source.unrunnable:
+            _check_valid(model, self.source.model, steps)
+            if not self.source.opens:
                 return model, records, [], steps
             realised = read_realisation(model, records, self.target)
             missing = {item.layer: item.kernel for item in realised if not item.realised}
@@ -158,7 +160,7 @@ class _Build:
         )
 
     def _verifier(self) -> tuple[Verifier, ...]:
-        if self.source.unrunnable:
+        if self.source.unverified:
             return ()
         return (Verifier.resumed(self.reference, self.source.feeds, self.target),)
 
@@ -174,16 +176,34 @@ def _excluding(steps: Pipeline, records: Sequence[PassRecord], missing: Mapping[
     return Pipeline(tuple(changed))
 
 
-def _check_valid(model: ir.Model, steps: Pipeline) -> None:
-    """Raise `PassFailedError` where the ONNX checker refuses the model; weights do not matter to it and are
-    left out."""
-    if weight_bytes(model) > 1_000_000_000:
-        return  # protobuf ends at 2 GB; the session that opens next checks the same
+def _check_valid(model: ir.Model, original: ir.Model, steps: Pipeline) -> None:
+    """Raise `PassFailedError` where the ONNX checker refuses the model, and did not refuse the original."""
+    fault = _fault(model)
+    if fault is None:
+        return
+    if (before := _fault(original)) is not None:
+        logger.warning("the ONNX checker refuses the original model already: %s", before)
+        return
+    raise PassFailedError(f"the result is not valid ONNX: {fault}", failed=str(steps))
+
+
+def _fault(model: ir.Model) -> str | None:
+    if weight_bytes(model) > _CHECKED_BELOW:
+        return None  # the session that opens next checks the same
     try:
         onnx.checker.check_model(ir.to_proto(model))
     except onnx.checker.ValidationError as error:
-        raise PassFailedError(
-            f"the result is not valid ONNX: {str(error).splitlines()[0]}", failed=str(steps)
+        return str(error).splitlines()[0]
+    return None
+
+
+def _check_original_runs(source: Source, target: Target) -> None:
+    """Raise `SessionError` where the original model does not run as deployed either."""
+    try:
+        Session(source.model, target).run(source.feeds)
+    except SessionError as error:
+        raise SessionError(
+            f"the original model does not run with the runtime's optimisations on: {error}"
         ) from error
 
 
@@ -196,12 +216,15 @@ def _verify(
     records: Sequence[PassRecord],
 ) -> dict[str, Deviation]:
     """Compare the result, as deployed, with the reference, and hold it to the tolerance."""
-    if source.unrunnable:
+    if not source.opens:
         return {}
     try:
         outputs = Session(result, target).run(source.feeds)
     except SessionError as error:
+        _check_original_runs(source, target)
         raise VerificationError(f"the result does not run as deployed: {error}") from error
+    if source.unverified:
+        return {}
     blame = _blame(records)
     name = first_non_finite(outputs)
     if name is not None and first_non_finite(reference) is None:
@@ -228,7 +251,7 @@ def _facts(source: Source, target: Target, calibration: Calibration | None) -> d
         "feeds": feeds_digest(source.feeds),
         "feeds_synthetic": source.synthetic,
         "metric": None,
-        "unverified": source.unrunnable or None,
+        "unverified": source.unverified or None,
     }
 
 

@@ -14,6 +14,7 @@ from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
 from splitfold.passes.quantize_weights import QuantizeWeightsPass
 from splitfold.passes.static_int8 import StaticForm
+from splitfold.passes.unfuse_norms import UnfuseNormsPass
 from splitfold.runtime.errors import did_you_mean
 
 __all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "preset"]
@@ -41,13 +42,18 @@ def int8() -> Pipeline:
         QuantizeActivationsPass(min_sqnr=_STATIC_SQNR, form=StaticForm.INTEGER),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
         QuantizeEmbeddingsPass(),
+        UnfuseNormsPass(),
     )
 
 
 def int8_dynamic() -> Pipeline:
     """Return dynamic int8 for linear layers and int8 embedding tables; needs no calibration data."""
     return Pipeline.of(
-        CanonicalizePass(), FoldScalesPass(data_free=True), QuantizeDynamicPass(), QuantizeEmbeddingsPass()
+        CanonicalizePass(),
+        FoldScalesPass(data_free=True),
+        QuantizeDynamicPass(),
+        QuantizeEmbeddingsPass(),
+        UnfuseNormsPass(),
     )
 
 

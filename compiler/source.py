@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from splitfold.compiler.capture import Captured, capture_torch, is_torch_model
 from splitfold.compiler.errors import CaptureError
+from splitfold.compiler.runnable import missing_kernels, random_outputs
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import deviation
 from splitfold.runtime.errors import SessionError, UnsupportedError
@@ -51,7 +52,8 @@ class Source:
     path: Path | None
     synthetic: bool
     calibration: Calibration | None = None
-    unrunnable: str = ""
+    unverified: str = ""
+    opens: bool = True
 
 
 def load_source(
@@ -73,12 +75,16 @@ def load_source(
         return Source(captured.model, captured.feeds, None, False, _calibration(captured.model, calibration))
     read, path = _read(model)
     check_finite(read)
-    data, reason = _calibration(read, calibration), unrunnable_reason(read, target)
+    data, missing = _calibration(read, calibration), missing_kernels(read, target)
+    synthetic = example_inputs is None and data is None
     if example_inputs is not None:
-        return Source(read, _named(read, example_inputs), path, False, data, reason)
-    if data is not None:
-        return Source(read, next(iter(data.checked(read))), path, False, data, reason)
-    return Source(read, {} if reason else runnable_feeds(read, target), path, True, None, reason)
+        feeds = _named(read, example_inputs)
+    elif data is not None:
+        feeds = next(iter(data.checked(read)))
+    else:
+        feeds = {} if missing else runnable_feeds(read, target)
+    reason = missing or random_outputs(read, feeds, target)
+    return Source(read, feeds, path, synthetic, data, reason, opens=not missing)
 
 
 def _check_captured(captured: Captured, target: Target) -> None:
@@ -97,25 +103,6 @@ def _check_captured(captured: Captured, target: Target) -> None:
                 f"the captured graph is not the torch model: output '{name}' is off by "
                 f"{found.relative:.2g} of its norm ({found})."
             )
-
-
-def unrunnable_reason(model: ir.Model, target: Target) -> str:
-    """Return which custom operators keep the runtime from opening `model`; empty where none does."""
-    custom = sorted(
-        {
-            f"{node.domain}::{node.op_type}"
-            for graph in model.graphs()
-            for node in graph
-            if not target.supports(node) and node.op_identifier() not in model.functions
-        }
-    )
-    if not custom:
-        return ""
-    try:
-        Session(model, target, optimization=Optimization.OFF)
-    except SessionError:
-        return f"the runtime has no kernel for the custom operators {', '.join(custom)}"
-    return ""
 
 
 def _calibration(model: ir.Model, calibration: object) -> Calibration | None:

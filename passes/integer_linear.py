@@ -18,7 +18,7 @@ __all__ = ["carry_integer", "following_bias"]
 
 
 def following_bias(layer: Layer) -> ir.Node | None:
-    """Return the Add of a constant bias, one value a column, that alone reads a MatMul; None where there is none."""
+    """Return the Add of a constant bias, one value a column, that alone reads a MatMul, or None."""
     node = sole_consumer(layer.output)
     if layer.bias is not None or node is None or node.op_type != "Add" or node.domain != "":
         return None

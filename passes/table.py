@@ -11,6 +11,7 @@ from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
 from splitfold.passes.quantize_weights import QuantizeWeightsPass
+from splitfold.passes.unfuse_norms import UnfuseNormsPass
 
 __all__ = ["PASSES"]
 
@@ -21,5 +22,6 @@ PASSES: tuple[type[Pass], ...] = (
     QuantizeDynamicPass,
     QuantizeWeightsPass,
     QuantizeEmbeddingsPass,
+    UnfuseNormsPass,
     LegalizePass,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capture of PyTorch: forms of model and of example inputs, dynamic axes, names, and what cannot be traced."""
+"""Capture of PyTorch: forms of model and of example inputs, dynamic axes, names, what cannot be traced."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ EXACT = {
     "fold-scales{min-gain=-100}": 20,
     "fold-scales{data-free=true}": 5,
     "legalize": 0,
+    "unfuse-norms": 1,
 }
 """Exact passes with options, and how often they find something to do in the random graphs."""
 LOSSY = {

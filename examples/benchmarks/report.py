@@ -171,7 +171,7 @@ def sqnr(reference: Sequence[npt.NDArray[Any]], actual: Sequence[npt.NDArray[Any
 
 
 def held(artifact: Artifact) -> set[str]:
-    """The layers in low precision: those whose kernel was seen, and the embedding tables, which no kernel multiplies."""
+    """The layers in low precision: those whose kernel was seen, and embedding tables, which have none."""
     realised = artifact.manifest["realised"]
     records = [record for record in artifact.records if record.text.startswith("quantize-")]
     applied = {layer for record in records for layer, _ in record.applied}
