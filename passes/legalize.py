@@ -13,6 +13,7 @@ from splitfold.passes.affine import BlockQuantized, dequantize_blocks, unpack_co
 from splitfold.passes.base import Context, Contract, Findings, Pass
 from splitfold.passes.identity import display_layer
 from splitfold.passes.opset import default_opset
+from splitfold.passes.tie_weights import tie_transposed
 from splitfold.passes.values import add_initializer, constant, drop_unused, emit, int_attribute, replace_value
 from splitfold.runtime.errors import UnsupportedError
 from splitfold.runtime.target import Carrier
@@ -27,6 +28,9 @@ class LegalizePass(Pass):
     MatMulNBits on a target without that kernel becomes a float MatMul of the dequantized weight (the numbers
     stay, the size does not). A redundant `output_dtype` of QuantizeLinear is dropped: with int8 activations
     the runtime refuses to load it. Operators of an unknown domain are kept and named.
+
+    A large matrix that is the transpose of another one (a tied output layer, unfolded so that passes could
+    quantize it) is stored once again.
 
     Before::
 
@@ -53,6 +57,9 @@ class LegalizePass(Pass):
                 f"{target.opset}: export it with opset {target.opset}."
             )
         changed = False
+        if tied := tie_transposed(model):
+            findings.apply("model", f"weights stored once with their transpose: {tied}")
+            changed = True
         for graph in model.graphs():
             for node in list(graph):
                 if not target.supports(node):
