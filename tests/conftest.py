@@ -1,10 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the test run."""
+"""Options of the test run, and the command line as a fixture."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+from command_line import Run
+from small import mlp, npz, samples, saved
+from typer.testing import CliRunner, Result
+
+from splitfold.compiler.cli.app import app
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite the after sides of the pass pages")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Return a function that runs the command line in a folder that holds model.onnx and data.npz."""
+    monkeypatch.chdir(tmp_path)
+    saved(mlp(), Path("model.onnx"))
+    npz(Path("data.npz"), x=samples(40))
+    runner = CliRunner()
+
+    def invoke(*arguments: object, code: int = 0) -> Result:
+        result = runner.invoke(app, [str(argument) for argument in arguments], prog_name="splitfold")
+        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+        return result
+
+    yield invoke
+    logger = logging.getLogger("splitfold")  # -v has set it up for the whole process
+    logger.handlers = []
+    logger.setLevel(logging.NOTSET)
