@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.passes.identity import display_layer
+from splitfold.passes.keep_float import FLOAT_CONV
 from splitfold.passes.values import constant, float_attribute, int_attribute
 from splitfold.runtime.feeds import Array
 
@@ -109,6 +110,8 @@ def _layer(node: ir.Node, in_subgraph: bool) -> Layer:
 
 def unsupported_reason(node: ir.Node) -> str | None:
     """Return None for a layer, an empty text for a node without a weight, else why it is no layer."""
+    if (node.domain, node.op_type) == ("com.microsoft", FLOAT_CONV):
+        return "kept in float between integer layers"
     if node.domain not in ("", "ai.onnx"):
         return ""
     if node.op_type in _NO_CARRIER:

@@ -97,7 +97,7 @@ class QuantizeActivationsPass(LayerPass):
 
     def _candidates(self, model: ir.Model, context: Context, findings: Findings) -> list[Layer]:
         layers, refused = find_layers(model)
-        self.check_patterns(layer.name for layer in layers)
+        self.check_patterns([*(layer.name for layer in layers), *(name for name, _ in refused)])
         findings.skipped.extend(refused)
         kept = []
         for layer in layers:

@@ -122,10 +122,19 @@ def _entropy(histogram: Array, edges: Array) -> tuple[float, float]:
     """
     low, high = float(edges[0]), float(edges[-1])
     centers = (edges[:-1] + edges[1:]) / 2
+    histogram = _without_zero_spike(histogram, edges)
     factors = np.linspace(1.0, 0.1, 91)
     scores = [_divergence(histogram, (centers >= low * f) & (centers <= high * f)) for f in factors]
     best = float(factors[int(np.argmin(scores))])
     return low * best, high * best
+
+
+def _without_zero_spike(histogram: Array, edges: Array) -> Array:
+    """Give the bin of zero its neighbours' larger count, as TensorRT does: a zero is exact on any grid."""
+    at = int(np.clip(np.searchsorted(edges, 0.0, side="right") - 1, 0, BINS - 1))
+    even = histogram.copy()
+    even[at] = max(histogram[at - 1] if at > 0 else 0, histogram[at + 1] if at + 1 < BINS else 0)
+    return even
 
 
 def _divergence(histogram: Array, kept: Array) -> float:

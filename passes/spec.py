@@ -78,6 +78,10 @@ def parse_pass(text: str, table: Sequence[type[Pass]]) -> Pass:
         name, equals, value = item.partition("=")
         if not equals:
             raise SpecError(f"cannot read '{item}' in '{text.strip()}': expected option=value.")
+        if name.strip() in options:
+            raise SpecError(
+                f"'{text.strip()}' gives the option {name.strip()} twice; a list is written [a,b]."
+            )
         options[name.strip()] = value.strip()
     return pass_from_options(match["name"], options, table)
 

@@ -13,6 +13,7 @@ from splitfold.passes.affine import ActivationGrid
 from splitfold.passes.base import Findings
 from splitfold.passes.carriers import Carried, QuantizedInput, carry_static, fake_quantize
 from splitfold.passes.integer_linear import carry_integer, following_bias
+from splitfold.passes.keep_float import keep_float_convolutions
 from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.regions import region_values
 from splitfold.passes.values import drop_unused, replace_value
@@ -61,6 +62,8 @@ def quantize_statically(
     for layer in layers:
         weight = _replace(layer, inputs[layer.input], levels, form)
         findings.apply(layer.name, f"{layer.kind.value} static int8", weight=weight)
+    if kept := keep_float_convolutions(model.graph):
+        findings.notes.append(f"{len(kept)} float convolutions are guarded: the runtime would quantize them")
     drop_unused([node for data in inputs.values() if (node := data.value.producer()) is not None])
     if region:
         findings.notes.append(f"{len(region)} values of integer regions are quantized for all their readers")

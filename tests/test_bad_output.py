@@ -99,13 +99,15 @@ def _failing_save(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ir, "save", save)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk() -> Iterator[None]:
-    """Let every file end at 4 kB, as a real write that fails halfway does."""
+    """Let every file end at 4 kB, as a real write that fails halfway does; also the test run's own output."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -138,11 +140,10 @@ def test_a_full_disk_keeps_the_old(
     Artifact.load(tmp_path / "out")
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_a_write_that_really_ends_halfway(tmp_path: Path, artifact: Artifact) -> None:
-    with pytest.raises(ArtifactError, match=r"cannot write .*out"):
+    with small_disk(), pytest.raises(ArtifactError, match=r"cannot write .*out"):
         artifact.save(tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"cannot write .*out\.onnx"):
+    with small_disk(), pytest.raises(ArtifactError, match=r"cannot write .*out\.onnx"):
         artifact.save_model(tmp_path / "out.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -19,6 +19,7 @@ from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.errors import PassFailedError, SpecError
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.values import add_initializer
+from splitfold.runtime.session import optimized_graph
 from splitfold.runtime.target import Target
 
 RNG = np.random.default_rng(0)
@@ -214,3 +215,29 @@ def test_observers_are_told_of_each_pass() -> None:
         "before legalize 3/3",
         "after legalize",
     ]
+
+
+@pytest.mark.parametrize("middle", ["Conv<pads=[1,1,1,1]>", "ConvTranspose<pads=[1,1,1,1]>"])
+def test_an_excluded_convolution_stays_float_in_the_runtime(middle: str) -> None:
+    """Left to itself the runtime quantizes a float convolution between integer ones."""
+    names = ("first", "middle", "last")
+    text = f"""<ir_version: 8, opset_import: ["": 17]> three (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] y)
+        {{ a = Conv<pads=[1,1,1,1]>(x, W0) b = {middle}(a, W1) y = Conv<pads=[1,1,1,1]>(b, W2) }}"""
+    weights = [
+        ir.tensor(RNG.standard_normal((4, 4, 3, 3)).astype(np.float32), name=f"W{index}")
+        for index in range(3)
+    ]
+    model = ir.from_onnx_text(text, initializers=weights)
+    for node, name in zip(model.graph, names, strict=True):
+        node.name = name
+    feeds = [{"x": RNG.standard_normal((1, 4, 8, 8)).astype(np.float32)}]
+    exclude = "{exclude=[middle]}" if middle.startswith("Conv<") else ""
+    artifact = compile(model, pipeline=f"quantize-activations{exclude}", calibration=feeds)
+    executed = optimized_graph(artifact.model, artifact.target)
+    integers = {
+        name
+        for name, value in executed.graph.initializers.items()
+        if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+    }
+    assert not [name for name in integers if name.startswith("W1")]
+    assert sum(node.op_type == "QLinearConv" for node in executed.graph) == 2
