@@ -14,7 +14,8 @@ import onnx_ir as ir
 from splitfold.passes.activations import activation_stats, required_calibration
 from splitfold.passes.affine import ActivationGrid, activation_grid
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
-from splitfold.passes.layers import Layer, LayerKind, find_layers
+from splitfold.passes.candidates import accurate_layers, candidate_layers
+from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.opset import default_opset
 from splitfold.passes.ranges import ActivationStats, Calibrator, activation_range
 from splitfold.passes.regions import moved_into_subgraph, output_point, region_values
@@ -75,7 +76,9 @@ class QuantizeActivationsPass(LayerPass):
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
-        layers = self._candidates(model, context, findings)
+        layers = candidate_layers(
+            self, model, findings, lambda layer: _structural_reason(layer, model, context, self.form)
+        )
         if not layers:
             return False
         calibration = required_calibration(context.calibration, self.name, model)
@@ -91,24 +94,9 @@ class QuantizeActivationsPass(LayerPass):
         levels = min(context.target.weight_levels, 127 if self.weight_bits == 8 else 63)
         if self.min_sqnr > 0:
             measured = local_sqnr(model, trial_carrier(layers, grids, levels), calibration, context.target)
-            layers = [layer for layer in layers if self._accurate(layer, measured, findings)]
+            layers = accurate_layers(layers, measured, self.min_sqnr, "static int8", findings)
         quantize_statically(model, layers, grids, levels, self.form, findings)
         return bool(layers)
-
-    def _candidates(self, model: ir.Model, context: Context, findings: Findings) -> list[Layer]:
-        layers, refused = find_layers(model)
-        self.check_patterns([*(layer.name for layer in layers), *(name for name, _ in refused)])
-        findings.skipped.extend(refused)
-        kept = []
-        for layer in layers:
-            if layer.kind is LayerKind.EMBEDDING:
-                continue
-            reason = self.unwanted(layer.name) or _structural_reason(layer, model, context, self.form)
-            if reason is None:
-                kept.append(layer)
-            else:
-                findings.skip(layer.name, reason)
-        return kept
 
     def _holds(self, layer: Layer, stats: Mapping[str, ActivationStats], findings: Findings) -> bool:
         needed = [layer.input] + ([output_point(layer)] if layer.kind is LayerKind.CONV else [])
@@ -118,15 +106,6 @@ class QuantizeActivationsPass(LayerPass):
                 findings.skip(layer.name, f"'{value.name}': {reason}")
                 return False
         return True
-
-    def _accurate(self, layer: Layer, measured: Mapping[str, float], findings: Findings) -> bool:
-        found = measured.get(layer.name, float("inf"))
-        if found >= self.min_sqnr:
-            return True
-        findings.skip(
-            layer.name, f"its static int8 output has {found:.1f} dB SQNR, below min-sqnr={self.min_sqnr:g}"
-        )
-        return False
 
     def _grid(self, stats: ActivationStats) -> ActivationGrid:
         return activation_grid(

@@ -4,7 +4,7 @@ fast kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from splitfold.passes.activations import required_calibration
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
+from splitfold.passes.candidates import accurate_layers, candidate_layers
 from splitfold.passes.carriers import Carried, carry_dynamic
-from splitfold.passes.layers import Layer, LayerKind, find_layers
+from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.opset import default_opset
 from splitfold.passes.trial import local_sqnr
 from splitfold.passes.values import drop_unused, emit, replace_value
@@ -57,12 +58,14 @@ class QuantizeDynamicPass(LayerPass):
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
-        layers = self._candidates(model, context, findings)
+        layers = candidate_layers(
+            self, model, findings, lambda layer: _structural_reason(layer, model, context)
+        )
         levels = min(context.target.weight_levels, 127 if self.weight_bits == 8 else 63)
         if layers and self.min_sqnr > 0:
             calibration = required_calibration(context.calibration, f"{self.name}{{min-sqnr}}", model)
             measured = local_sqnr(model, _trial_carrier(layers, levels), calibration, context.target)
-            layers = [layer for layer in layers if self._accurate(layer, measured, findings)]
+            layers = accurate_layers(layers, measured, self.min_sqnr, "dynamic int8", findings)
         shared: dict[tuple[ir.Value, ir.Graph | None], Quantized] = {}
         for layer in (layer.current() for layer in layers):
             carried = carry_dynamic(layer, _quantized(layer, shared), levels=levels)
@@ -70,30 +73,6 @@ class QuantizeDynamicPass(LayerPass):
             drop_unused([layer.node])
             findings.apply(layer.name, f"{layer.kind.value} dynamic int8", weight=carried.weight)
         return bool(layers)
-
-    def _candidates(self, model: ir.Model, context: Context, findings: Findings) -> list[Layer]:
-        layers, refused = find_layers(model)
-        self.check_patterns([*(layer.name for layer in layers), *(name for name, _ in refused)])
-        findings.skipped.extend(refused)
-        kept = []
-        for layer in layers:
-            if layer.kind is LayerKind.EMBEDDING:
-                continue
-            reason = self.unwanted(layer.name) or _structural_reason(layer, model, context)
-            if reason is None:
-                kept.append(layer)
-            else:
-                findings.skip(layer.name, reason)
-        return kept
-
-    def _accurate(self, layer: Layer, measured: Mapping[str, float], findings: Findings) -> bool:
-        found = measured.get(layer.name, float("inf"))
-        if found < self.min_sqnr:
-            findings.skip(
-                layer.name,
-                f"its dynamic int8 output has {found:.1f} dB SQNR, below min-sqnr={self.min_sqnr:g}",
-            )
-        return found >= self.min_sqnr
 
 
 def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str | None:

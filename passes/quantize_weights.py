@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from splitfold.passes.affine import BlockQuantized, quantize_blocks
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
+from splitfold.passes.candidates import candidate_layers
 from splitfold.passes.carriers import Carried, carry_blocks, carry_blocks_qdq
-from splitfold.passes.layers import Layer, LayerKind, find_layers
+from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.opset import raise_opset
 from splitfold.passes.values import drop_unused, replace_value
 from splitfold.runtime.target import Carrier
@@ -84,13 +85,17 @@ class QuantizeWeightsPass(LayerPass):
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
-        layers = self._candidates(model, context, findings)
+
+        def reason_against(layer: Layer) -> str | None:
+            return self._structural_reason(layer, context)
+
+        layers = candidate_layers(self, model, findings, reason_against)
         opset_raised = False
         if layers and self.form is BlockForm.QDQ:
             if reason := raise_opset(model, 21):
                 findings.skipped.extend((layer.name, reason) for layer in layers)
                 return False
-            layers = self._candidates(model, context, Findings())  # the converter made new nodes
+            layers = candidate_layers(self, model, Findings(), reason_against)  # the converter made new nodes
             opset_raised = True
         stored = elements = 0
         for layer in (layer.current() for layer in layers):
@@ -112,21 +117,6 @@ class QuantizeWeightsPass(LayerPass):
             f"{8 * stored / elements:.2f} bits a weight as stored, scales, zero points and padding included"
         )
         return note + "; 3-bit codes are stored in 4 bits" if self.bits == 3 else note
-
-    def _candidates(self, model: ir.Model, context: Context, findings: Findings) -> list[Layer]:
-        layers, refused = find_layers(model)
-        self.check_patterns([*(layer.name for layer in layers), *(name for name, _ in refused)])
-        findings.skipped.extend(refused)
-        kept = []
-        for layer in layers:
-            if layer.kind is LayerKind.EMBEDDING:
-                continue
-            reason = self.unwanted(layer.name) or self._structural_reason(layer, context)
-            if reason is None:
-                kept.append(layer)
-            else:
-                findings.skip(layer.name, reason)
-        return kept
 
     def _structural_reason(self, layer: Layer, context: Context) -> str | None:
         carrier = Carrier.MATMUL_NBITS if self.form is BlockForm.NBITS else Carrier.BLOCKED_DEQUANTIZE
