@@ -20,7 +20,7 @@ from splitfold.compiler.realisation import Realisation, Unrealised, read_realisa
 from splitfold.compiler.source import Source, load_source
 from splitfold.compiler.tolerance import Budget, Tolerance
 from splitfold.compiler.verify import Verifier, compare_outputs, name_non_finite
-from splitfold.passes.base import Context, LayerPass
+from splitfold.passes.base import Context, Contract, LayerPass
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.errors import PassFailedError
 from splitfold.passes.legalize import LegalizePass
@@ -93,6 +93,7 @@ def compile(
     steps = _complete(pipeline)
     build = _Build(source, place, source.calibration, tuple(observers), unrealised)
     result, records, realised, steps = build.run(steps)
+    _warn_idle(records)
     limits = tolerance or Tolerance()
     deviations = _verify(result, build.reference, source, place, limits, records)
     (budget or Budget()).check(weight_bytes(result))
@@ -233,6 +234,12 @@ def _verify(
     deviations = compare_outputs(reference, outputs)
     limits.check(deviations, blame)
     return deviations
+
+
+def _warn_idle(records: Sequence[PassRecord]) -> None:
+    lossy = [record for record in records if record.contract == Contract.LOSSY.value]
+    if lossy and not any(record.applied for record in lossy):
+        logger.warning("nothing was quantized: every candidate was skipped, see the records for the reasons")
 
 
 def _blame(records: Sequence[PassRecord]) -> str:

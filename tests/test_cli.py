@@ -261,3 +261,11 @@ def test_a_torch_module_from_a_function(run: Run) -> None:
 
 
 # --- the other commands ---
+
+
+def test_a_preset_that_finds_nothing_says_so(run: Run) -> None:
+    idle = "nothing was quantized: every candidate was skipped"
+    pipeline = "quantize-weights{exclude=[encoder.*]}"
+    assert idle in run("compile", "model.onnx", "-o", "idle", "--pipeline", pipeline).stdout
+    assert idle not in run("compile", "model.onnx", "-o", "busy", "--pipeline", "quantize-weights").stdout
+    assert idle not in run("compile", "model.onnx", "-o", "plain", "--preset", "exact").stdout

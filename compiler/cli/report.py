@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splitfold.compiler.cli.output import deviation_text, megabytes, out, say, table
+from splitfold.passes.base import Contract
 from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.artifact import Artifact
 
@@ -21,8 +22,16 @@ def print_report(artifact: Artifact, *, verbose: bool) -> None:
     say("pipeline", artifact.manifest["pipeline"])
     print_passes(artifact.records)
     print_skipped(artifact.records, verbose=verbose)
+    _print_idle(artifact.records)
     print_kernels(artifact.manifest)
     print_deviation(artifact.manifest)
+
+
+def _print_idle(records: Sequence[PassRecord]) -> None:
+    """Say it where passes were to make the model smaller and none found anything to do."""
+    lossy = [record for record in records if record.contract == Contract.LOSSY.value]
+    if lossy and not any(record.applied for record in lossy):
+        out().print("\nnothing was quantized: every candidate was skipped (require=some makes this an error)")
 
 
 def print_passes(records: Sequence[PassRecord]) -> None:
