@@ -61,8 +61,15 @@ def read_realisation(model: ir.Model, records: Iterable[PassRecord], target: Tar
     found = []
     for layer, weight in carried:
         kernel = readers.get(weight) or _by_output(producers, outputs.get(weight, ()))
-        found.append(Realisation(layer, kernel, kernel in target.low_bit_kernels))
+        low_bit = kernel in target.low_bit_kernels or (kernel == "Gather" and _is_integer(model, weight))
+        found.append(Realisation(layer, kernel, low_bit))
     return found
+
+
+def _is_integer(model: ir.Model, weight: str) -> bool:
+    """Whether the table is held in integers: a Gather then moves low-bit rows, which are scaled after it."""
+    held = model.graph.initializers.get(weight)
+    return held is not None and held.dtype is not None and held.dtype.is_integer()
 
 
 def _readers(model: ir.Model) -> dict[str, str]:

@@ -4,6 +4,7 @@ would compute."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import numpy as np
@@ -35,9 +36,8 @@ _SMALL_BYTES = 64 * 1024
 def fold_constants(model: ir.Model) -> int:
     """Replace constant subexpressions of the main graph by initializers; return the number of nodes folded.
 
-    Left alone: random operators, Q/DQ, operators with subgraphs, results that are graph outputs, and
-        results that would be larger than both
-    their inputs and 64 KiB.
+    Left alone: random operators, Q/DQ, operators with subgraphs, results that are graph outputs, results that
+    would be larger than both their inputs and 64 KiB, and what the runtime cannot compute.
     """
     nodes = _foldable(model.graph)
     results = _evaluate(model, nodes) if nodes else {}
@@ -65,9 +65,26 @@ def _may_fold(node: ir.Node) -> bool:
 
 
 def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
-    """Run `nodes` as a model of their own and return all their outputs by name; nothing where the runtime
-    cannot."""
-    graph = model.graph
+    """Return all outputs of `nodes` by name; where they do not run together, of those that run alone."""
+    try:
+        return _run(model, nodes)
+    except SessionError as error:
+        logger.info("constants are folded one by one: %s", error)
+    found: dict[str, np.ndarray] = {}
+    for node in nodes:
+        if all(value is None or constant(value) is not None for value in node.inputs):
+            with contextlib.suppress(SessionError):
+                found |= _run(model, [node])
+    return found
+
+
+def _run(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
+    part = ir.Model(_part(model.graph, nodes), ir_version=model.ir_version)
+    return dict(Session(part, Target.cpu(), threads=1, optimization=Optimization.OFF).run({}))
+
+
+def _part(graph: ir.Graph, nodes: list[ir.Node]) -> ir.Graph:
+    """Return a copy of `nodes` as a graph of its own, all their outputs being its outputs."""
     chosen = set(nodes)
     values = {
         value: ir.Value(name=value.name, const_value=value.const_value, type=value.type, shape=value.shape)
@@ -95,7 +112,7 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
     initializers = [
         value for value in values.values() if value.const_value is not None and value.producer() is None
     ]
-    part = ir.Graph(
+    return ir.Graph(
         [],
         outputs,
         nodes=copies,
@@ -103,18 +120,6 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
         opset_imports=dict(graph.opset_imports),
         name="constants",
     )
-    try:
-        return dict(
-            Session(
-                ir.Model(part, ir_version=model.ir_version),
-                Target.cpu(),
-                threads=1,
-                optimization=Optimization.OFF,
-            ).run({})
-        )
-    except SessionError as error:
-        logger.info("constants are left as they are: %s", error)
-        return {}
 
 
 def _worthwhile(node: ir.Node, results: dict[str, np.ndarray]) -> bool:

@@ -63,9 +63,7 @@ class QuantizeEmbeddingsPass(LayerPass):
             output, weight = self._carry(layer)
             replace_value(layer.output, output)
             drop_unused([layer.node])
-            findings.apply(
-                layer.name, f"table in {self.bits} bits", weight=weight if self.bits == 4 else None
-            )
+            findings.apply(layer.name, f"table in {self.bits} bits", weight=weight)
             changed = True
         return changed
 
