@@ -121,7 +121,8 @@ def _without_unwanted(
     region: dict[ir.Value, ir.Value], joined: list[ir.Value], anchors: set[ir.Node]
 ) -> dict[ir.Value, ir.Value]:
     """Drop joined values that lead to no integer layer: they would be rounded for nothing."""
-    kept = {value: source for value, source in region.items() if value not in set(joined)}
+    candidates = set(joined)
+    kept = {value: source for value, source in region.items() if value not in candidates}
     for value in reversed(joined):
         readers = [use.node for use in value.uses()]
         if any(node in anchors or _point(node) in kept for node in readers):

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.identity import display_layer
 from splitfold.passes.values import constant
+from splitfold.runtime.target import Fusion
 
 __all__ = ["UnfuseNormsPass"]
 
@@ -59,8 +60,8 @@ def _residual(norm: ir.Node) -> ir.Node | None:
 
 def _unfusable(add: ir.Node, context: Context) -> str | None:
     """Return why the Add stays: the runtime would not fuse it, or its target has no such fusion."""
-    if context.target.provider != "CPUExecutionProvider":
-        return f"target {context.target.name} has no such fusion"
+    if Fusion.SKIP_NORM not in context.target.slow_fusions:
+        return f"target {context.target.name} makes no such fusion, or makes it fast"
     if any(constant(value) is not None for value in add.inputs):
         return "it adds a constant: a bias, not a residual"
     if add.outputs[0].dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):

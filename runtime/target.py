@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from splitfold.runtime.errors import UnsupportedError, did_you_mean
 
-__all__ = ["Carrier", "Target"]
+__all__ = ["Carrier", "Fusion", "Target"]
 
 
 class Carrier(enum.Enum):
@@ -37,6 +37,13 @@ class Carrier(enum.Enum):
     """com.microsoft::GatherBlockQuantized: block-wise 4-bit tables."""
 
 
+class Fusion(enum.Enum):
+    """A fusion that the runtime of a target makes by itself."""
+
+    SKIP_NORM = "skip-norm"
+    """Add and LayerNormalization to SkipLayerNormalization."""
+
+
 _ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 
@@ -53,6 +60,7 @@ class Target:
         weight_levels: largest magnitude of an 8-bit weight code: 127, or 63 (7 bits) where u8 x s8 sums
             saturate (x86 without VNNI).
         low_bit_kernels: operator types of the runtime's optimised graph that compute in low precision.
+        slow_fusions: fusions of the runtime whose kernel is slower than what it replaces.
     """
 
     name: str
@@ -62,11 +70,18 @@ class Target:
     domains: tuple[str, ...] = (*_ONNX_DOMAINS, "com.microsoft")
     weight_levels: int = 127
     low_bit_kernels: frozenset[str] = field(default_factory=lambda: _CPU_KERNELS)
+    slow_fusions: frozenset[Fusion] = frozenset()
 
     @staticmethod
     def cpu() -> Target:
         """Return ONNX Runtime's CPU provider on x86-64 with VNNI or Arm with dot products."""
-        return Target("cpu", "CPUExecutionProvider", 24, frozenset(Carrier))
+        return Target(
+            "cpu",
+            "CPUExecutionProvider",
+            24,
+            frozenset(Carrier),
+            slow_fusions=frozenset({Fusion.SKIP_NORM}),
+        )
 
     @staticmethod
     def named(name: str) -> Target:
