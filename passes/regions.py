@@ -4,8 +4,7 @@ into one layer.
 
 A convolution runs in integers only if its output is quantized too, so the values of a convolutional region
 are quantized for all who read them, residual Add included. The input of a linear layer is quantized on the
-edge into that layer alone: a residual Add that read the quantized value of a post-norm transformer would lose
-about 15 dB.
+edge into that layer alone: a residual Add that read the quantized value would carry its error on.
 """
 
 from __future__ import annotations
