@@ -48,13 +48,27 @@ def _after_activation(node: ir.Node) -> ir.Value:
     return follower.outputs[0]
 
 
+def _moves(node: ir.Node) -> bool:
+    return node.domain == "" and (node.op_type in _PASSING or _pads_with_zero(node))
+
+
+def _pads_with_zero(node: ir.Node) -> bool:
+    """Return whether the node is a Pad whose new elements are zero, which every grid holds exactly."""
+    mode = node.attributes.get("mode")
+    if node.op_type != "Pad" or (mode is not None and mode.as_string() != "constant"):
+        return False
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    held = constant(value)
+    return value is None or (held is not None and not held.numpy().any())
+
+
 def moved_into_subgraph(value: ir.Value) -> bool:
     """Return whether a subgraph reads a moving operator's output that comes from `value` by moving alone.
 
     ONNX Runtime aborts the process where it finds DequantizeLinear, Reshape (or the like) and such a reader
     in a row: seen up to 1.31.1.
     """
-    movers = [use.node for use in value.uses() if use.node.op_type in _PASSING and use.node.domain == ""]
+    movers = [use.node for use in value.uses() if _moves(use.node)]
     return any(_read_in_subgraph(mover) or moved_into_subgraph(mover.outputs[0]) for mover in movers)
 
 
@@ -98,7 +112,8 @@ def region_values(
 
 
 def _point(node: ir.Node) -> ir.Value | None:
-    if node.domain != "" or node.op_type not in _COMPUTING | _PASSING or len(node.outputs) != 1:
+    computes = node.domain == "" and node.op_type in _COMPUTING
+    if len(node.outputs) != 1 or not (computes or _moves(node)):
         return None
     return _after_activation(node) if node.op_type == "Add" else node.outputs[0]
 
@@ -110,7 +125,7 @@ def _grid_source(
     point = _point(node)
     if first is None or point is None or first not in region or moved_into_subgraph(point):
         return None
-    if node.op_type in _PASSING:
+    if _moves(node):
         return region[first]
     inside = all(value is not None and value in region for value in node.inputs)
     return point if inside and holdable(point) else None

@@ -137,7 +137,7 @@ class Calibration:
             count = 0
             for feeds in self:
                 try:
-                    check_feeds(model, feeds, where=f"calibration batch {count}")
+                    check_feeds(model, feeds, where=f"the feeds of calibration batch {count}")
                 except ValueError as error:
                     raise CalibrationError(str(error)) from error
                 count += 1
