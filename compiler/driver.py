@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from splitfold.compiler.compiled import Compiled
 from splitfold.compiler.errors import VerificationError
 from splitfold.compiler.manifest import build_manifest
 from splitfold.compiler.presets import int8
@@ -25,7 +26,6 @@ from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.errors import PassFailedError
 from splitfold.passes.legalize import LegalizePass
 from splitfold.passes.pipeline import Observer, PassRecord, Pipeline
-from splitfold.runtime.artifact import Artifact
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import Deviation, first_non_finite
 from splitfold.runtime.digest import content_digest, feeds_digest
@@ -34,7 +34,7 @@ from splitfold.runtime.model_file import weight_bytes
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
-__all__ = ["Evaluate", "compile"]
+__all__ = ["Evaluate", "compile", "complete"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def compile(
     dynamic_shapes: object = None,
     observers: Sequence[Observer] = (),
     unrealised: Unrealised = Unrealised.FLOAT,
-) -> Artifact:
+) -> Compiled:
     """Compile a model into a verified ONNX artifact that plain ONNX Runtime runs.
 
     Args:
@@ -90,7 +90,7 @@ def compile(
     """
     place = target or Target.cpu()
     source = load_source(model, example_inputs, dynamic_shapes, calibration, place)
-    steps = _complete(pipeline)
+    steps = complete(pipeline)
     build = _Build(source, place, source.calibration, tuple(observers), unrealised)
     result, records, realised, steps = build.run(steps)
     _warn_idle(records)
@@ -100,10 +100,12 @@ def compile(
     facts = _facts(source, place, source.calibration) | {"put_back": build.put_back}
     facts |= _metric(evaluate, source.model, result, place, limits)
     manifest = build_manifest(result, steps, records, realised, deviations, facts)
-    return Artifact(result, manifest, place, tuple(records))
+    return Compiled(result, manifest, place, records=tuple(records), source=source)
 
 
-def _complete(pipeline: Pipeline | str | None) -> Pipeline:
+def complete(pipeline: Pipeline | str | None) -> Pipeline:
+    """Return the pipeline that `compile` runs for this one: canonical form before and legalization after it,
+    where they lack."""
     steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline or int8()
     if not steps.steps or not isinstance(steps.steps[0], CanonicalizePass):
         steps = Pipeline.of(CanonicalizePass()) + steps

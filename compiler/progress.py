@@ -89,7 +89,7 @@ class Progress:
         finally:
             self._bars.remove_task(task)
 
-    def before_pass(self, step: Pass, index: int, total: int) -> None:
+    def before_pass(self, step: Pass, model: ir.Model, index: int, total: int) -> None:
         """Show which pass runs."""
         if not self._bars.live.is_started and not self._bars.disable:
             self._bars.start()

@@ -59,7 +59,7 @@ class Verifier:
     def _run(self, model: ir.Model) -> Outputs:
         return Session(model, self._target, optimization=Optimization.OFF).run(self._feeds)
 
-    def before_pass(self, step: Pass, index: int, total: int) -> None:
+    def before_pass(self, step: Pass, model: ir.Model, index: int, total: int) -> None:
         """Nothing to do."""
 
     def after_pass(self, step: Pass, model: ir.Model, record: PassRecord) -> PassRecord:

@@ -22,7 +22,7 @@ from splitfold.passes.turn_gemm import turn_gemms
 from splitfold.passes.values import constant, forget_names, import_domains, int_attribute
 from splitfold.runtime.digest import structure_digest
 
-__all__ = ["CanonicalizePass"]
+__all__ = ["CanonicalizePass", "name_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,7 @@ class CanonicalizePass(Pass):
         common.TopologicalSortPass()(model)
         import_domains(model)
         model.ir_version = max(model.ir_version, _OLDEST_IR)
-        _inline(model, findings)
-        _drop_overridable(model, findings)
-        _lift_constants(model, findings)
-        common.NameFixPass()(model)
-        name_layers(model)
+        name_all(model, findings)
         _raise_opset(model, findings)
         forget_names(model)
         _clean(model)
@@ -74,6 +70,16 @@ class CanonicalizePass(Pass):
         if orphans := inherit_missing(model):
             logger.debug("%d nodes have no layer", len(orphans))
         return (model.ir_version, structure_digest(model)) != before
+
+
+def name_all(model: ir.Model, findings: Findings) -> None:
+    """Inline calls and name every value, node and layer, changing nothing else: after it a model and what
+    was compiled from it can be matched."""
+    _inline(model, findings)
+    _drop_overridable(model, findings)
+    _lift_constants(model, findings)
+    common.NameFixPass()(model)
+    name_layers(model)
 
 
 def _inline(model: ir.Model, findings: Findings) -> None:

@@ -23,7 +23,7 @@ from splitfold.passes.foldable import ScaleGroup, scale_groups
 from splitfold.passes.layers import find_layers
 from splitfold.passes.static_int8 import trial_carrier
 from splitfold.passes.trial import local_sqnr
-from splitfold.passes.values import add_initializer, drop_initializer, emit, forget_names
+from splitfold.passes.values import add_initializer, drop_initializer, emit, forget_names, rename
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.feeds import Array
 from splitfold.runtime.target import Target
@@ -234,6 +234,7 @@ def _fold_into_norm(norm: ir.Node, graph: ir.Graph, scale: Array) -> None:
                 index, add_initializer(graph, f"{value.name}_folded", (tensor / scale).astype(np.float32))
             )
             drop_initializer(value)
+    rename(norm.outputs[0], f"{norm.outputs[0].name}_scaled")
 
 
 def constant_array(value: ir.Value) -> Array:

@@ -66,8 +66,9 @@ class Observer(Protocol):
     An observer may return a changed record (a verifier adds the deviation). It must not change the model.
     """
 
-    def before_pass(self, step: Pass, index: int, total: int) -> None:
-        """Is called before `step`, the `index`-th of `total`."""
+    def before_pass(self, step: Pass, model: ir.Model, index: int, total: int) -> None:
+        """Is called with the model before `step`, the `index`-th of `total`, from 0; a compilation that
+        repairs itself starts again at 0."""
 
     def after_pass(self, step: Pass, model: ir.Model, record: PassRecord) -> PassRecord:
         """Is called with the model after `step`; returns the record to keep."""
@@ -122,7 +123,7 @@ class Pipeline:
         records: list[PassRecord] = []
         for index, step in enumerate(self.steps):
             for observer in observers:
-                observer.before_pass(step, index, len(self.steps))
+                observer.before_pass(step, model, index, len(self.steps))
             record = _run_one(step, model, context or Context(), tuple(record.text for record in records))
             for observer in observers:
                 record = observer.after_pass(step, model, record)

@@ -15,6 +15,7 @@ from splitfold.passes.carriers import Carried, QuantizedInput, carry_static, fak
 from splitfold.passes.integer_linear import carry_integer, following_bias
 from splitfold.passes.keep_float import keep_float_convolutions
 from splitfold.passes.layers import Layer, LayerKind
+from splitfold.passes.provenance import stand_in
 from splitfold.passes.regions import region_values
 from splitfold.passes.values import drop_unused, replace_value
 
@@ -98,6 +99,7 @@ def _quantize_for_all(value: ir.Value, grid: ActivationGrid) -> QuantizedInput:
     for use in uses:
         use.node.replace_input_with(use.idx, data.value)
     if value.is_graph_output():
+        stand_in(data.value, value)
         name = value.name
         value.name = f"{name}_float"
         for position, output in enumerate(graph.outputs):

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.passes.identity import inherit
+from splitfold.passes.provenance import mark_new, stand_in
 from splitfold.runtime.feeds import Array
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "import_domains",
     "int_attribute",
     "ints_attribute",
+    "rename",
     "replace_value",
     "sole_consumer",
 ]
@@ -153,11 +155,14 @@ def emit(
         node.outputs[0].type = ir.TensorType(dtype)
     graph.insert_before(before, node)
     inherit([node], [before, *origins])
+    mark_new(node.outputs[0])
     return node.outputs[0]
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let all consumers of `old` read `new`, which takes its name where `old` is a graph output."""
+    """Let all consumers of `old` read `new`, which stands for it now, and takes its name where `old` is a
+    graph output."""
+    stand_in(new, old)
     if old.is_graph_output():
         name = old.name
         old.name = f"{name}_replaced"
@@ -169,6 +174,15 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
         new.shape = old.shape
     if new.type is None:
         new.type = old.type
+
+
+def rename(value: ir.Value, name: str) -> None:
+    """Give `value` a free name made from `name`: it holds something else than it did, and stands for no
+    original value any more."""
+    if value.graph is None:
+        raise ValueError(f"{value.name} is in no graph")
+    mark_new(value)
+    value.name = _free_name(value.graph, name)
 
 
 def sole_consumer(value: ir.Value) -> ir.Node | None:

@@ -197,7 +197,7 @@ def test_observers_are_told_of_each_pass() -> None:
         def __init__(self) -> None:
             self.texts: list[str] = []
 
-        def before_pass(self, step: Pass, index: int, total: int) -> None:
+        def before_pass(self, step: Pass, model: ir.Model, index: int, total: int) -> None:
             self.texts.append(f"before {step} {index + 1}/{total}")
 
         def after_pass(self, step: Pass, model: ir.Model, record):  # type: ignore[no-untyped-def]
