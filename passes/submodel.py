@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-__all__ = ["node_model", "nodes_between", "read_values", "submodel"]
+from splitfold.runtime.feeds import Feeds
+
+__all__ = ["node_model", "nodes_between", "read_values", "submodel", "type_inputs"]
 
 
 def read_values(node: ir.Node) -> Iterator[ir.Value]:
@@ -53,7 +56,7 @@ def submodel(model: ir.Model, outputs: Sequence[str], given: Collection[str] = (
     """Return the part of the main graph that computes `outputs` from the values named in `given` and the
     model's inputs, as a model.
 
-    Its inputs are those of them that it reads, under their own names. Weights are shared, not copied;
+    Its inputs are those of them that it reads, under their own names (see `type_inputs`). Weights are shared, not copied;
     `model` is not changed. A value in both `given` and `outputs` is not computed: leave it out.
 
     Raises:
@@ -78,6 +81,15 @@ def node_model(model: ir.Model, nodes: Collection[ir.Node]) -> ir.Model:
     made = [value for node in chosen for value in node.outputs if value.name]
     leaving = [value for value in made if value in read]
     return _model(model, chosen, leaving or made)
+
+
+def type_inputs(part: ir.Model, feeds: Feeds) -> None:
+    """Give the inputs of a part that have no type that of their arrays: a model cut where nothing was inferred
+    cannot be opened without."""
+    for value in part.graph.inputs:
+        array = feeds.get(value.name or "")
+        if value.type is None and array is not None:
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.asarray(array).dtype))
 
 
 def _values(graph: ir.Graph) -> dict[str, ir.Value]:
