@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact fold: constants of a scale region divided or multiplied by the scales."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from splitfold.passes.channels import FREE, Marks
+from splitfold.passes.scale_region import Parameter, Region
+from splitfold.passes.values import add_initializer, constant, drop_initializer, rename
+from splitfold.runtime.feeds import Array
+
+__all__ = ["fold"]
+
+
+def fold(model: ir.Model, region: Region, scales: Array) -> None:
+    """Divide the inputs of the region's readers by `scales` and multiply their weights, in place. Exact up to
+    rounding.
+
+    Args:
+        model: holds the region.
+        region: what takes part.
+        scales: float [region.scales], positive and finite.
+
+    Raises:
+        ValueError: a scale is not positive and finite, or there are not `region.scales` of them.
+    """
+    scales = np.asarray(scales, np.float32)
+    if scales.shape != (region.scales,):
+        raise ValueError(f"{region.name}: {scales.shape} scales for {region.scales}")
+    if not (np.isfinite(scales).all() and (scales > 0).all()):
+        raise ValueError(f"{region.name}: scales must be positive and finite")
+    for parameter in region.parameters:
+        _scale(parameter, scales)
+    for value in region.values:
+        rename(value, f"{value.name}_scaled")
+
+
+def _scale(parameter: Parameter, scales: Array) -> None:
+    value = parameter.node.inputs[parameter.index]
+    tensor, graph = constant(value), parameter.node.graph
+    if value is None or tensor is None or graph is None:
+        raise ValueError(f"{parameter.node.name}: parameter {parameter.index} is not constant")
+    array = np.asarray(tensor.numpy())
+    spread = _spread(parameter.marks, scales)
+    changed = array / spread if parameter.divides else array * spread
+    held = add_initializer(value.graph or graph, f"{value.name}_folded", changed.astype(array.dtype))
+    parameter.node.replace_input_with(parameter.index, held)
+    drop_initializer(value)
+
+
+def _spread(marks: Marks, scales: Array) -> Array:
+    return np.where(marks == FREE, np.float32(1), scales[np.where(marks == FREE, 0, marks)])
