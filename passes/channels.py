@@ -150,6 +150,7 @@ def _reshaped(node: ir.Node, operand: int, marks: Marks, back: bool) -> Marks:
 
 
 def _regroup(marks: Marks, source: Sequence[int | None], target: Sequence[int | None]) -> Marks:
+    source = [size if size > 1 else dim for size, dim in zip(marks.shape, source, strict=True)]
     shape: list[int] = []
     marked, left, right = list(marks.shape), len(source), len(target)
     pieces: list[Marks] = [marks]
@@ -236,6 +237,20 @@ def _unsplit(node: ir.Node, output: int, marks: Marks) -> Marks:
     start = sum(sizes[:output])
     whole[(slice(None),) * axis + (slice(start, start + sizes[output]),)] = marks
     return whole
+
+
+def _tiled(node: ir.Node, operand: int, marks: Marks, back: bool) -> Marks:
+    if operand:
+        raise NotEquivariantError("it is the repeats of a Tile")
+    repeats = _constant_ints(node, 1)
+    if not back:
+        return np.tile(
+            marks, [times if size > 1 else 1 for size, times in zip(marks.shape, repeats, strict=True)]
+        )
+    for axis, times in enumerate(repeats):
+        if marks.shape[axis] > 1:
+            marks = marks.take(range(marks.shape[axis] // times), axis)
+    return marks
 
 
 def _gathered(node: ir.Node, operand: int, marks: Marks, back: bool) -> Marks:
@@ -367,6 +382,7 @@ _RULES: dict[str, Rule] = {
     "MatMul": _mixed,
     "Pad": _padded,
     "Slice": _sliced,
+    "Tile": _tiled,
     "Transpose": _transposed,
     "Where": _selected,
 }

@@ -28,6 +28,9 @@ _NORMS = {
     "SimplifiedLayerNormalization",
 }
 _CHANNELS_FIRST = {"BatchNormalization", "InstanceNormalization"}
+_ONE_TO_ONE = {"Concat", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators of which each element of an operand is one of the output: shapes that inference left open are
+known from the output's marks."""
 _PRODUCTS = {"Div", "MatMul", "Mul"}
 _REACH = 300
 """Values after which a region is given up: it has run into the residual stream."""
@@ -188,15 +191,17 @@ class _Growth:
             return
         if node.op_type in _PRODUCTS and self.factors.setdefault(node, index) != index:
             raise _refusal(node, "both operands of a product would be scaled")
+        if node.op_type in ("Shape", "Size"):
+            return
         try:
+            whole = self.marks.get(node.outputs[0])
+            if whole is not None and node.op_type in _ONE_TO_ONE:
+                self._tie(backward(node, 0, whole, index), marks)
+                return
             made = forward(node, index, marks)
         except NotEquivariantError as error:
             raise _refusal(node, str(error)) from error
         for output, moved in made:
-            whole = self.marks.get(node.outputs[output])
-            if node.op_type == "Concat" and whole is not None:
-                self._tie(backward(node, output, whole, index), marks)
-                continue
             self.visit(node.outputs[output], moved, node)
 
     def _reader(self, layer: Layer, marks: Marks) -> None:
