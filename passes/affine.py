@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from splitfold.passes.block_grid import BlockLayout, BlockGrid
 from splitfold.runtime.feeds import Array
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "BlockQuantized",
     "activation_grid",
     "dequantize_blocks",
+    "held_blocks",
     "pack_codes",
     "quantize_blocks",
     "quantize_rows",
@@ -117,42 +119,16 @@ def quantize_blocks(
             it.
         levels: number of distinct codes, at most 2**bits; 8 codes in 4 bits is a 3-bit weight.
     """
-    n, k = matrix.shape
-    blocks = -(-k // block)
-    x = np.zeros((n, blocks * block), np.float32)
-    x[:, :k] = matrix
-    x = x.reshape(n, blocks, block)
-    count = levels or 2**bits
-    half = 2 ** (bits - 1)
-    if symmetric:
-        scale, zero = _symmetric_grid(x, count), np.full((n, blocks), half, np.float32)
-        low, high = half - count // 2, half + count // 2 - 1
-    else:
-        scale, zero = _asymmetric_grid(x, count)
-        low, high = 0, count - 1
-    codes = np.rint(x / scale[..., None]) + zero[..., None]
-    codes = np.clip(codes, low, high).astype(np.uint8)
-    return BlockQuantized(codes, scale, None if symmetric else zero.astype(np.uint8), bits, k)
+    layout = BlockLayout(bits, block, symmetric, levels or 2**bits)
+    x = layout.blocked(matrix)
+    grid = layout.grid(x)
+    return held_blocks(grid.codes(x), grid, layout, columns=matrix.shape[1])
 
 
-def _symmetric_grid(x: Array, count: int) -> Array:
-    """Return scales that map the element of largest magnitude to the code -count/2 exactly, whatever its
-    sign.
-
-    The signed scale uses all `count` codes, as the grid has one more on the negative side.
-    """
-    position = np.abs(x).argmax(-1)[..., None]
-    peak = np.take_along_axis(x, position, -1)[..., 0]
-    scale = (peak / -(count // 2)).astype(np.float32)
-    return np.where(np.abs(scale) < _TINY, np.float32(1), scale).astype(np.float32)
-
-
-def _asymmetric_grid(x: Array, count: int) -> tuple[Array, Array]:
-    low = np.minimum(x.min(-1), 0)
-    high = np.maximum(x.max(-1), 0)
-    scale = ((high - low) / (count - 1)).astype(np.float32)
-    scale = np.where(scale < _TINY, np.float32(1), scale).astype(np.float32)
-    return scale, np.clip(np.rint(-low / scale), 0, count - 1).astype(np.float32)
+def held_blocks(codes: Array, grid: BlockGrid, layout: BlockLayout, *, columns: int) -> BlockQuantized:
+    """Return whole-numbered `codes` [n, blocks, block] on `grid` as they are stored."""
+    zeros = None if layout.symmetric else grid.zeros.astype(np.uint8)
+    return BlockQuantized(codes.astype(np.uint8), grid.scales, zeros, layout.bits, columns)
 
 
 def dequantize_blocks(quantized: BlockQuantized) -> Array:

@@ -7,11 +7,12 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.passes.channels import FREE, Marks
+from splitfold.passes.foldable import ScaleGroup
 from splitfold.passes.scale_region import Parameter, Region
-from splitfold.passes.values import add_initializer, constant, drop_initializer, rename
+from splitfold.passes.values import add_initializer, constant, drop_initializer, emit, rename
 from splitfold.runtime.feeds import Array
 
-__all__ = ["fold"]
+__all__ = ["fold", "fold_group", "multiply_input"]
 
 
 def fold(model: ir.Model, region: Region, scales: Array) -> None:
@@ -52,3 +53,38 @@ def _scale(parameter: Parameter, scales: Array) -> None:
 
 def _spread(marks: Marks, scales: Array) -> Array:
     return np.where(marks == FREE, np.float32(1), scales[np.where(marks == FREE, 0, marks)])
+
+
+def fold_group(model: ir.Model, group: ScaleGroup, scales: Array) -> None:
+    """Apply the scales of a group: into its region, or by one Mul of the shared input. Exact up to rounding.
+
+    Args:
+        model: holds the group.
+        group: what takes part.
+        scales: float [group.scales], positive and finite.
+
+    Raises:
+        ValueError: a scale is not positive and finite, or their number is wrong.
+    """
+    if group.region is not None:
+        fold(model, group.region, scales)
+    else:
+        multiply_input(group, scales)
+
+
+def multiply_input(group: ScaleGroup, scales: Array) -> ir.Value:
+    """Emit Mul(x, 1 / s) for the layers of `group`, which read one value, scale their weights by s, and
+    return the scaled value."""
+    first = group.layers[0]
+    graph = first.node.graph
+    if graph is None:
+        raise ValueError(f"{group.name} is in no graph")
+    value, factor = first.input, group.spread(first, scales)
+    inverse = add_initializer(graph, f"{value.name}_inverse_scale", (1 / factor).astype(np.float32))
+    inner = emit(first.node, "Mul", [value, inverse], names=[f"{value.name}_scaled_in"], like=value)
+    for layer in group.readers:
+        weight = (layer.weight_array() * factor[:, None]).astype(np.float32)
+        layer.node.replace_input_with(1, add_initializer(graph, f"{layer.weight.name}_folded", weight))
+        layer.node.replace_input_with(0, inner)
+        drop_initializer(layer.weight)
+    return inner

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scale folding: x W = (x / s) (s W). Dividing the channels that hold outliers makes the input easier to
-quantize.
-
-SmoothQuant (Xiao et al., 2023, equation 4): s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), j running over the
-input channels.
-"""
+"""Scale folding: x W = (x / s) (s W), with s chosen so that input or weight are easier to quantize."""
 
 from __future__ import annotations
 
+import enum
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,43 +14,72 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.passes.activations import channel_extremes, required_calibration
-from splitfold.passes.affine import activation_grid
+from splitfold.passes.awq import BlockFormat, search_awq
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
+from splitfold.passes.fold import fold_group
 from splitfold.passes.foldable import ScaleGroup, scale_groups
-from splitfold.passes.layers import find_layers
-from splitfold.passes.static_int8 import trial_carrier
-from splitfold.passes.trial import local_sqnr
-from splitfold.passes.values import add_initializer, drop_initializer, emit, forget_names, rename
-from splitfold.runtime.calibration import Calibration
+from splitfold.passes.identity import inherit_missing
+from splitfold.passes.layers import Layer
+from splitfold.passes.repq import apply_repq, reparameterise, repq_obstacle
+from splitfold.passes.scale_trial import gains
+from splitfold.passes.smoothquant import clipping_scales, smoothing_scales
 from splitfold.runtime.feeds import Array
-from splitfold.runtime.target import Target
 
-__all__ = ["FoldScalesPass", "smoothing_scales"]
+__all__ = ["FoldScalesPass", "ScaleMethod"]
 
 logger = logging.getLogger(__name__)
 
-_FLOOR = 1e-5
+_FOLDED = "splitfold.folded"
+"""Metadata key of a layer's node: the methods whose scales it carries."""
+_BATCHES = 8
+"""Batches that the AWQ search holds."""
 
 Extremes = Mapping[str, tuple[Array, Array]]
 
 
+class ScaleMethod(enum.Enum):
+    """How the scales are chosen."""
+
+    SMOOTHQUANT = "smoothquant"
+    """Magnitudes of activations and weights evened out (Xiao et al., 2023)."""
+    AWQ = "awq"
+    """Searched so that the block's output suffers least from low-bit weights (Lin et al., 2024)."""
+    DGQ = "dgq"
+    """Only the loudest channels are brought down to a percentile (Zhang et al., 2023)."""
+    REPQ = "repq"
+    """A grid for each channel, reparameterised to one for the tensor (Li et al., 2023)."""
+
+
+_OPTIONS = {
+    ScaleMethod.SMOOTHQUANT: ("alpha", "min_gain", "data_free"),
+    ScaleMethod.AWQ: ("mul_gain", "bits", "block", "symmetric"),
+    ScaleMethod.DGQ: ("share",),
+    ScaleMethod.REPQ: ("bits",),
+}
+
+
 @dataclass(frozen=True)
 class FoldScalesPass(LayerPass):
-    """Scale the input channels of linear layers so that their largest magnitudes even out, and their weights
-    inversely. Exact.
+    """Scale the input channels of linear layers, and their weights inversely, so that quantization loses
+    less. Exact.
 
-    A LayerNormalization whose output only these layers read absorbs the scale in its gamma and beta. Where
-    others read it too (the residual of a post-norm transformer), an explicit Mul is emitted, which costs one
-    elementwise operation. Layers that read one value share its scale.
-
-    With calibration data each group is tried in int8 and scaled only where that gains at least `min_gain` dB;
-    with `data_free` only inputs made by a LayerNormalization are scaled, their magnitudes estimated from
-    gamma and beta.
+    What makes the input absorbs the scale in its own constants: a norm, an embedding table, or another layer,
+    through operators that a scale passes (ReLU, the product of a gated branch, reshaping, the weighted sum of
+    attention with the heads of a group tied). Where nothing can, and `explicit` is set, one Mul of the input
+    is emitted. Layers that must share their scales are a group.
 
     Args:
-        alpha: how much of the difficulty moves from activations to weights, 0 to 1.
-        min_gain: least gain in dB of a group's int8 output for which it is scaled; not used when data-free.
-        data_free: use no calibration data.
+        method: how the scales are chosen.
+        explicit: allow a Mul where nothing absorbs the scale.
+        alpha: of smoothquant: how much of the difficulty moves from activations to weights, 0 to 1.
+        min_gain: of smoothquant: gain in dB that a group's int8 output must show on calibration data.
+        mul_gain: of awq: gain in dB that a block's output must show where the scale costs a Mul.
+        data_free: of smoothquant: use no calibration data; only inputs that a LayerNormalization makes are
+            scaled, their magnitudes estimated from gamma and beta.
+        bits: of awq, bits of the weights (default 4); of repq, bits of the activations (default 8).
+        block: of awq: rows of a column that share a scale.
+        symmetric: of awq: whether the weights' zero point is fixed.
+        share: of dgq: share of the channels that are brought down.
 
     Before::
 
@@ -66,47 +92,100 @@ class FoldScalesPass(LayerPass):
 
     name: ClassVar[str] = "fold-scales"
     contract: ClassVar[Contract] = Contract.EXACT
+    method: ScaleMethod = ScaleMethod.SMOOTHQUANT
+    explicit: bool = True
     alpha: float = 0.65
     min_gain: float = 2.0
+    mul_gain: float = 0.25
     data_free: bool = False
+    bits: int = 0
+    block: int = 32
+    symmetric: bool = False
+    share: float = 0.005
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; it lies between 0 and 1.")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}; it lies between 0 and 1.")
+        known = (2, 3, 4, 8) if self.method is ScaleMethod.AWQ else tuple(range(2, 9))
+        if self.bits and self.bits not in known:
+            raise ValueError(f"bits is {self.bits}; it may be {', '.join(map(str, known))}.")
+        if self.block not in (16, 32, 64, 128, 256):
+            raise ValueError(f"block is {self.block}; it may be 16, 32, 64, 128 or 256.")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        fields = type(self).__dataclass_fields__
+        for name in {name for names in _OPTIONS.values() for name in names} - set(_OPTIONS[self.method]):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name.replace('_', '-')} is no option of method={self.method.value}.")
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
         groups = self._groups(model, findings)
         if not groups:
             return False
-        chosen = (
-            self._data_free(groups, findings)
-            if self.data_free
-            else self._searched(model, groups, context, findings)
-        )
-        for group in groups:
-            if group.value in chosen:
-                _apply(group, chosen[group.value])
-                findings.apply(
-                    group.name,
-                    "scales folded into the norm" if group.absorbed else "scales by an explicit Mul",
-                )
+        if self.method is ScaleMethod.REPQ:
+            return self._repq(model, groups, context, findings)
+        chosen = self._chosen(model, groups, context, findings)
+        for group, scales in chosen.items():
+            fold_group(model, group, scales)
+            _mark(group, self.method)
+            findings.apply(group.name, _carried(group))
+        inherit_missing(model)
         return bool(chosen)
 
     def _groups(self, model: ir.Model, findings: Findings) -> list[ScaleGroup]:
-        groups = scale_groups(model)
+        groups = [group for group in scale_groups(model) if group.is_linear]
         self.check_patterns(layer.name for group in groups for layer in group.layers)
         kept = []
         for group in groups:
             reasons = [reason for layer in group.layers if (reason := self.unwanted(layer.name))]
-            reason = reasons[0] if reasons else _already(group)
+            reason = reasons[0] if reasons else self._against(group)
             if reason is None:
                 kept.append(group)
             else:
                 findings.skip(group.name, reason)
         return kept
 
-    def _data_free(self, groups: Sequence[ScaleGroup], findings: Findings) -> dict[ir.Value, Array]:
+    def _against(self, group: ScaleGroup) -> str | None:
+        if any(self.method.value in _methods(layer.node) for layer in group.layers):
+            return "its scales are folded already"
+        if self.method is ScaleMethod.REPQ:
+            return repq_obstacle(group)
+        if group.region is None and not self.explicit:
+            return f"nothing absorbs a scale: {group.obstacle}"
+        return None
+
+    def _chosen(
+        self, model: ir.Model, groups: Sequence[ScaleGroup], context: Context, findings: Findings
+    ) -> dict[ScaleGroup, Array]:
+        if self.data_free:
+            return self._data_free(groups, findings)
+        if self.method is ScaleMethod.AWQ:
+            return self._awq(model, groups, context, findings)
+        calibration = required_calibration(context.calibration, self.name, model)
+        seen = channel_extremes(model, _inputs(groups), calibration, context.target)
+        usable = [group for group in groups if _usable(group, seen, findings)]
+        peaks = {group: group.pooled(_peaks(group, seen)) for group in usable}
+        if self.method is ScaleMethod.DGQ:
+            return self._dgq(peaks, findings)
+        scales = {
+            group: smoothing_scales(peak, group.weight_peaks(), self.alpha) for group, peak in peaks.items()
+        }
+        chosen = {}
+        measured = gains(model, scales, seen, calibration, context.target)
+        for group, gain in measured.items():
+            if gain >= self.min_gain:
+                chosen[group] = scales[group]
+            else:
+                findings.skip(
+                    group.name, f"scaling gains {gain:.1f} dB in int8, below min-gain={self.min_gain:g}"
+                )
+        return chosen
+
+    def _data_free(self, groups: Sequence[ScaleGroup], findings: Findings) -> dict[ScaleGroup, Array]:
         chosen = {}
         for group in groups:
             peaks = group.norm_peaks()
@@ -116,129 +195,88 @@ class FoldScalesPass(LayerPass):
                     "its input is made by no LayerNormalization, so its magnitudes are unknown without data",
                 )
             else:
-                chosen[group.value] = smoothing_scales(peaks, group.weight_peaks(), self.alpha)
+                chosen[group] = smoothing_scales(peaks, group.weight_peaks(), self.alpha)
         return chosen
 
-    def _searched(
-        self, model: ir.Model, groups: Sequence[ScaleGroup], context: Context, findings: Findings
-    ) -> dict[ir.Value, Array]:
-        calibration = required_calibration(context.calibration, self.name, model)
-        seen = channel_extremes(
-            model, [group.value.name or "" for group in groups], calibration, context.target
-        )
-        usable = [group for group in groups if _usable(group, seen, findings)]
-        scales = {
-            g.value: smoothing_scales(_peaks(seen[g.value.name or ""]), g.weight_peaks(), self.alpha)
-            for g in usable
-        }
-        plain = _trial(model, {}, seen, calibration, context.target)
-        scaled = _trial(
-            model, {v.name or "": s for v, s in scales.items()}, seen, calibration, context.target
-        )
+    def _dgq(self, peaks: Mapping[ScaleGroup, Array], findings: Findings) -> dict[ScaleGroup, Array]:
         chosen = {}
-        for group in usable:
-            gain = min(scaled[layer.name] - plain[layer.name] for layer in group.layers)
-            if gain >= self.min_gain:
-                chosen[group.value] = scales[group.value]
+        for group, peak in peaks.items():
+            scales = clipping_scales(peak, self.share)
+            if (scales > 1).any():
+                chosen[group] = scales
+            else:
+                findings.skip(group.name, "no channel is louder than the percentile")
+        return chosen
+
+    def _awq(
+        self, model: ir.Model, groups: Sequence[ScaleGroup], context: Context, findings: Findings
+    ) -> dict[ScaleGroup, Array]:
+        calibration = required_calibration(context.calibration, f"{self.name}{{method=awq}}", model)
+        form = BlockFormat(self.bits or 4, self.block, self.symmetric)
+        batches = itertools.islice(calibration, _BATCHES)
+
+        def refuse(group: ScaleGroup, reason: str) -> None:
+            findings.skip(group.name, reason)
+
+        found = search_awq(model, groups, batches, form, context.target, refuse)
+        chosen = {}
+        for group, choice in found.items():
+            least = 0.0 if group.region is not None else self.mul_gain
+            if choice.ratio > 0 and choice.gain_db >= least:
+                chosen[group] = choice.scales
             else:
                 findings.skip(
-                    group.name, f"scaling gains {gain:.1f} dB in int8, below min-gain={self.min_gain:g}"
+                    group.name,
+                    f"the best ratio {choice.ratio:g} gains {choice.gain_db:.1f} dB"
+                    + ("" if group.region is not None else f", below mul-gain={self.mul_gain:g} for a Mul"),
                 )
         return chosen
 
-
-def smoothing_scales(activation_peaks: Array, weight_peaks: Array, alpha: float) -> Array:
-    """Return s of SmoothQuant's equation 4, float32 [channels], normalised to geometric mean 1.
-
-    Args:
-        activation_peaks: largest magnitude of each input channel.
-        weight_peaks: largest magnitude of each row of W.
-        alpha: migration strength.
-    """
-    dead = (activation_peaks < _FLOOR) | (weight_peaks < _FLOOR)
-    x, w = np.maximum(activation_peaks, _FLOOR), np.maximum(weight_peaks, _FLOOR)
-    logs = np.where(dead, 0.0, alpha * np.log(x) - (1 - alpha) * np.log(w))
-    alive = ~dead
-    logs = np.where(alive, logs - (logs[alive].mean() if alive.any() else 0.0), 0.0)
-    return np.exp(logs).astype(np.float32)
+    def _repq(
+        self, model: ir.Model, groups: Sequence[ScaleGroup], context: Context, findings: Findings
+    ) -> bool:
+        calibration = required_calibration(context.calibration, f"{self.name}{{method=repq}}", model)
+        seen = channel_extremes(model, _inputs(groups), calibration, context.target)
+        usable, bits = [group for group in groups if _usable(group, seen, findings)], self.bits or 8
+        for group in usable:
+            low, high = seen[group.layers[0].input.name or ""]
+            apply_repq(model, group, reparameterise(low, high, bits))
+            _mark(group, self.method)
+            findings.apply(group.name, f"channel grids of {bits} bits folded into the norm")
+        return bool(usable)
 
 
-def _already(group: ScaleGroup) -> str | None:
-    producer = group.value.producer()
-    if group.absorbed and group.norm is not None and (group.norm.inputs[1].name or "").endswith("_folded"):  # type: ignore[union-attr]
-        return "its scales are folded already"
-    if producer is not None and producer.op_type == "Mul" and (group.value.name or "").endswith("_scaled_in"):
-        return "its scales are folded already"
-    return None
+def _carried(group: ScaleGroup) -> str:
+    if group.region is None:
+        return "scales by an explicit Mul"
+    makers = dict.fromkeys(item.node.op_type for item in group.region.parameters if item.divides)
+    names = ["the norm" if "Normalization" in maker else f"the {maker}" for maker in makers]
+    return f"scales folded into {' and '.join(dict.fromkeys(names))}"
 
 
-def _peaks(extremes: tuple[Array, Array]) -> Array:
-    return np.maximum(-extremes[0], extremes[1])
+def _methods(node: ir.Node) -> list[str]:
+    return (node.metadata_props.get(_FOLDED) or "").split(",")
+
+
+def _mark(group: ScaleGroup, method: ScaleMethod) -> None:
+    for layer in group.layers:
+        earlier = [name for name in _methods(layer.node) if name]
+        layer.node.metadata_props[_FOLDED] = ",".join([*earlier, method.value])
+
+
+def _inputs(groups: Sequence[ScaleGroup]) -> list[str]:
+    return [layer.input.name or "" for group in groups for layer in group.layers]
+
+
+def _peaks(group: ScaleGroup, seen: Extremes) -> dict[Layer, Array]:
+    extremes = {layer: seen[layer.input.name or ""] for layer in group.layers}
+    return {layer: np.maximum(-low, high) for layer, (low, high) in extremes.items()}
 
 
 def _usable(group: ScaleGroup, seen: Extremes, findings: Findings) -> bool:
-    found = seen.get(group.value.name or "")
-    if found is None or not np.isfinite(found).all() or _peaks(found).max(initial=0.0) > 1e20:
-        findings.skip(group.name, "calibration saw no finite range of its input")
-        return False
-    return True
-
-
-def _trial(
-    model: ir.Model, scales: Mapping[str, Array], seen: Extremes, calibration: Calibration, target: Target
-) -> Mapping[str, float]:
-    """Return the local static int8 SQNR of every linear layer with the inputs named in `scales` scaled."""
-    copy = model.clone()
-    forget_names(copy)
-    grids = {}
-    for group in scale_groups(copy):
-        name = group.value.name or ""
-        if name not in seen:
-            continue
-        low, high = seen[name]
-        scale = scales.get(name, np.ones_like(low))
-        inner = _apply(group, scale, explicit=True) if name in scales else group.value
-        grids[inner.name or ""] = activation_grid(float((low / scale).min()), float((high / scale).max()))
-    layers = [layer for layer in find_layers(copy)[0] if layer.is_linear and layer.input.name in grids]
-    return local_sqnr(copy, trial_carrier(layers, grids, 127), calibration, target)
-
-
-def _apply(group: ScaleGroup, scale: Array, *, explicit: bool = False) -> ir.Value:
-    """Scale the group's input by 1 / `scale` and its weights by `scale`; return the scaled input."""
-    first = group.layers[0].node
-    graph = first.graph
-    if graph is None:
-        raise ValueError(f"{group.name} is in no graph")
-    inner = group.value
-    if group.absorbed and group.norm is not None and not explicit:
-        _fold_into_norm(group.norm, graph, scale)
-    else:
-        inverse = add_initializer(graph, f"{group.value.name}_inverse_scale", (1 / scale).astype(np.float32))
-        inner = emit(
-            first, "Mul", [group.value, inverse], names=[f"{group.value.name}_scaled_in"], like=group.value
-        )
     for layer in group.layers:
-        weight = (layer.weight_array() * scale[:, None]).astype(np.float32)
-        layer.node.replace_input_with(1, add_initializer(graph, f"{layer.weight.name}_scaled", weight))
-        layer.node.replace_input_with(0, inner)
-        drop_initializer(layer.weight)
-    return inner
-
-
-def _fold_into_norm(norm: ir.Node, graph: ir.Graph, scale: Array) -> None:
-    for index in (1, 2):
-        value = norm.inputs[index] if len(norm.inputs) > index else None
-        if value is not None:
-            tensor = constant_array(value)
-            norm.replace_input_with(
-                index, add_initializer(graph, f"{value.name}_folded", (tensor / scale).astype(np.float32))
-            )
-            drop_initializer(value)
-    rename(norm.outputs[0], f"{norm.outputs[0].name}_scaled")
-
-
-def constant_array(value: ir.Value) -> Array:
-    """Return the array of an initializer."""
-    if value.const_value is None:
-        raise ValueError(f"'{value.name}' is not constant")
-    return np.asarray(value.const_value.numpy())
+        found = seen.get(layer.input.name or "")
+        if found is None or not np.isfinite(found).all() or np.abs(found).max(initial=0.0) > 1e20:
+            findings.skip(group.name, "calibration saw no finite range of its input")
+            return False
+    return True

@@ -10,7 +10,10 @@ import onnx_ir as ir
 
 from splitfold.runtime.feeds import Feeds
 
-__all__ = ["node_model", "nodes_between", "read_values", "submodel", "type_inputs"]
+__all__ = ["node_model", "nodes_between", "part_of", "read_values", "submodel", "type_inputs"]
+
+_IR_VERSION = 10
+"""Of a part whose whole is not known; what it holds may need less."""
 
 
 def read_values(node: ir.Node) -> Iterator[ir.Value]:
@@ -56,8 +59,8 @@ def submodel(model: ir.Model, outputs: Sequence[str], given: Collection[str] = (
     """Return the part of the main graph that computes `outputs` from the values named in `given` and the
     model's inputs, as a model.
 
-    Its inputs are those of them that it reads, under their own names (see `type_inputs`). Weights are shared, not copied;
-    `model` is not changed. A value in both `given` and `outputs` is not computed: leave it out.
+    Its inputs are those of them that it reads, under their own names (see `type_inputs`). Weights are shared,
+    not copied; `model` is not changed. A value in both `given` and `outputs` is not computed: leave it out.
 
     Raises:
         KeyError: a name that no value of the main graph has.
@@ -65,7 +68,7 @@ def submodel(model: ir.Model, outputs: Sequence[str], given: Collection[str] = (
     values = _values(model.graph)
     wanted = [values[name] for name in outputs]
     nodes = nodes_between(wanted, {values[name] for name in given})
-    return _model(model, [node for node in model.graph if node in nodes], wanted)
+    return _completed(model, part_of(model.graph, [node for node in model.graph if node in nodes], wanted))
 
 
 def node_model(model: ir.Model, nodes: Collection[ir.Node]) -> ir.Model:
@@ -80,12 +83,12 @@ def node_model(model: ir.Model, nodes: Collection[ir.Node]) -> ir.Model:
     read = {value for node in outside for value in read_values(node)} | set(model.graph.outputs)
     made = [value for node in chosen for value in node.outputs if value.name]
     leaving = [value for value in made if value in read]
-    return _model(model, chosen, leaving or made)
+    return _completed(model, part_of(model.graph, chosen, leaving or made))
 
 
 def type_inputs(part: ir.Model, feeds: Feeds) -> None:
-    """Give the inputs of a part that have no type that of their arrays: a model cut where nothing was inferred
-    cannot be opened without."""
+    """Give the inputs of a part that have no type that of their arrays: a model cut where nothing was
+    inferred cannot be opened without."""
     for value in part.graph.inputs:
         array = feeds.get(value.name or "")
         if value.type is None and array is not None:
@@ -98,18 +101,26 @@ def _values(graph: ir.Graph) -> dict[str, ir.Value]:
     return {**computed, **given}
 
 
-def _model(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> ir.Model:
+def part_of(graph: ir.Graph, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> ir.Model:
+    """Return `nodes` of `graph`, in order of execution, as a model with these outputs; weights are shared.
+
+    Functions of the model that the graph stands in are not taken along.
+    """
     made = {value for node in nodes for value in node.outputs}
     read = dict.fromkeys(value for node in nodes for value in read_values(node) if value not in made)
-    constants = [value for value in read if value.is_initializer() and not value.is_graph_input()]
+    constants = {value for value in read if value.is_initializer() and not value.is_graph_input()}
     view = ir.GraphView(
-        [value for value in read if value not in set(constants)],
+        [value for value in read if value not in constants],
         outputs,
         nodes=nodes,
-        initializers=constants,
-        opset_imports=dict(model.graph.opset_imports),
-        name=model.graph.name,
+        initializers=[value for value in read if value in constants],
+        opset_imports=dict(graph.opset_imports),
+        name=graph.name,
     )
-    part = ir.Model(view.clone(), ir_version=model.ir_version)
+    return ir.Model(view.clone(), ir_version=_IR_VERSION)
+
+
+def _completed(model: ir.Model, part: ir.Model) -> ir.Model:
+    part.ir_version = model.ir_version
     part.functions.update(model.functions)
     return part

@@ -26,6 +26,7 @@ __all__ = [
     "rename",
     "replace_value",
     "sole_consumer",
+    "take_place",
 ]
 
 
@@ -183,6 +184,21 @@ def rename(value: ir.Value, name: str) -> None:
         raise ValueError(f"{value.name} is in no graph")
     mark_new(value)
     value.name = _free_name(value.graph, name)
+
+
+def take_place(old: ir.Value, new: ir.Value) -> None:
+    """Let `new`, made from `old` and read in its place, stand for it, and be the graph output that it was;
+    `old` holds something else from now on."""
+    stand_in(new, old)
+    name = old.name
+    outputs = old.graph.outputs if old.graph is not None else []
+    was_output = old.is_graph_output()
+    for position, output in enumerate(outputs):
+        if output is old:
+            outputs[position] = new
+    rename(old, f"{name}_before")
+    if was_output:
+        new.name = name
 
 
 def sole_consumer(value: ir.Value) -> ir.Node | None:

@@ -9,7 +9,8 @@ import pytest
 
 from splitfold.passes.base import Context
 from splitfold.passes.canonicalize import CanonicalizePass
-from splitfold.passes.fold_scales import FoldScalesPass, smoothing_scales
+from splitfold.passes.fold_scales import FoldScalesPass
+from splitfold.passes.smoothquant import smoothing_scales
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import exactness
 from splitfold.runtime.session import Optimization, Session

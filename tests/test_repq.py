@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RepQ's reparameterisation: the identities of its paper, and codes before equal codes after."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from seeded import parse_graph
+
+from splitfold.passes.affine import activation_grid
+from splitfold.passes.base import Context, Findings
+from splitfold.passes.canonicalize import name_all
+from splitfold.passes.pipeline import Pipeline
+from splitfold.passes.repq import reparameterise
+from splitfold.passes.shapes import infer_shapes
+from splitfold.runtime.calibration import Calibration
+from splitfold.runtime.session import Optimization, Session
+
+RNG = np.random.default_rng(11)
+
+TAILS = {
+    "gemm": "y = Gemm (n, W, c)",
+    "bias behind": "h = MatMul (n, W)\n y = Add (h, c)",
+    "no bias": "h = MatMul (n, W)\n a = Mul (h, h)\n y = Add (a, c)",
+    "an output": "y = MatMul (n, W)",
+    "two readers": "a = MatMul (n, W)\n b = MatMul (n, V)\n d = Add (b, c)\n y = Mul (a, d)",
+}
+
+
+def model_of(tail: str, beta: str = ", beta") -> ir.Model:
+    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+    g (float[batch, 16] x) => (float[batch, 6] y)
+    <float[16] gamma = seeded(0.1, 9), float[16] beta = seeded, float[16,6] W = seeded,
+     float[16,6] V = seeded, float[6] c = seeded>
+    {{ n = LayerNormalization (x, gamma{beta})
+      {tail} }}"""
+    model = ir.from_proto(parse_graph(text))
+    name_all(model, Findings())
+    infer_shapes(model)
+    return model
+
+
+def test_the_identity_by_hand() -> None:
+    """Channels in [0, 15] and [-2, 1] at 4 bits: s = (1, 0.2), z = (0, 10); s~ = 0.6, z~ = 5."""
+    found = reparameterise(np.array([0.0, -2.0]), np.array([15.0, 1.0]), 4)
+    assert found.scale == pytest.approx(0.6)
+    assert found.zero_point == 5
+    np.testing.assert_allclose(found.ratio, [1 / 0.6, 0.2 / 0.6], rtol=1e-6)
+    np.testing.assert_allclose(found.shift, [0.6 * 5, 0.6 * (5 - 10)], rtol=1e-6)
+
+
+def test_every_code_is_the_code_of_its_own_channel() -> None:
+    x = RNG.standard_normal((2000, 24)) * RNG.uniform(0.01, 30, 24) + RNG.uniform(-5, 5, 24)
+    low, high = np.minimum(x.min(0), 0), np.maximum(x.max(0), 0)
+    for bits in (4, 6, 8):
+        top = 2**bits - 1
+        scales = (high - low) / top
+        zeros = np.rint(-low / scales)
+        own = np.clip(np.rint(x / scales) + zeros, 0, top)
+        found = reparameterise(low, high, bits)
+        moved = x / found.ratio.astype(np.float64) - found.shift
+        codes = np.clip(np.rint(moved / found.scale + found.zero_point), 0, top)
+        assert (own == codes).mean() > 0.9995  # float32 ratios move a few ties
+
+
+def test_a_constant_channel_keeps_the_ratio_positive() -> None:
+    found = reparameterise(np.array([0.0, -1.0]), np.array([0.0, 1.0]), 8)
+    assert (found.ratio > 0).all()
+    assert np.isfinite(found.shift).all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_folding_is_exact(tail: str) -> None:
+    model = model_of(TAILS[tail])
+    feeds = {"x": RNG.standard_normal((64, 16)).astype(np.float32)}
+    before = Session(model, optimization=Optimization.OFF).run(feeds)
+    record = Pipeline.parse("fold-scales{method=repq}").run(
+        model, Context(calibration=Calibration.of([feeds]))
+    )[0]
+    assert record.applied
+    after = Session(model, optimization=Optimization.OFF).run(feeds)
+    assert list(after) == list(before)
+    np.testing.assert_allclose(after["y"], before["y"], rtol=1e-4, atol=2e-4)
+
+
+def test_one_grid_gives_the_codes_of_the_channel_grids() -> None:
+    """Codes before, with a grid for each channel, equal codes after, with the tensor's own min-max grid."""
+    model = model_of(TAILS["gemm"])
+    feeds = {"x": RNG.standard_normal((500, 16)).astype(np.float32)}
+    n = Session(model, optimization=Optimization.OFF).run(feeds, ["n"])["n"].astype(np.float64)
+    low, high = np.minimum(n.min(0), 0), np.maximum(n.max(0), 0)
+    scales = (high - low) / 15
+    own = np.clip(np.rint(n / scales) + np.rint(-low / scales), 0, 15)
+    Pipeline.parse("fold-scales{method=repq,bits=4}").run(model, Context(calibration=Calibration.of([feeds])))
+    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    name = norm.outputs[0].name or ""
+    moved = Session(model, optimization=Optimization.OFF).run(feeds, [name])[name].astype(np.float64)
+    found = reparameterise(low, high, 4)
+    codes = np.clip(np.rint(moved / found.scale) + found.zero_point, 0, 15)
+    assert (own == codes).mean() > 0.999
+
+
+def test_the_tensor_grid_of_eight_bits_is_what_calibration_finds_afterwards() -> None:
+    model = model_of(TAILS["gemm"])
+    feeds = {"x": RNG.standard_normal((500, 16)).astype(np.float32)}
+    n = Session(model, optimization=Optimization.OFF).run(feeds, ["n"])["n"]
+    found = reparameterise(n.min(0), n.max(0), 8)
+    Pipeline.parse("fold-scales{method=repq}").run(model, Context(calibration=Calibration.of([feeds])))
+    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    name = norm.outputs[0].name or ""
+    moved = Session(model, optimization=Optimization.OFF).run(feeds, [name])[name]
+    grid = activation_grid(float(moved.min()), float(moved.max()))
+    assert float(grid.scale) == pytest.approx(found.scale, rel=0.01)
+    assert abs(int(grid.zero_point) - found.zero_point) <= 1
+
+
+@pytest.mark.parametrize(
+    ("tail", "beta", "reason"),
+    [
+        (TAILS["gemm"], "", "no beta"),
+        ("r = Relu (n)\n y = MatMul (r, W)", ", beta", "stands between"),
+        ("h = MatMul (n, W)\n s = Softmax (n)\n g = MatMul (s, V)\n y = Add (h, g)", ", beta", "Softmax"),
+    ],
+)
+def test_what_cannot_hold_a_shift_is_skipped_with_the_reason(tail: str, beta: str, reason: str) -> None:
+    model = model_of(tail, beta)
+    feeds = {"x": RNG.standard_normal((64, 16)).astype(np.float32)}
+    record = Pipeline.parse("fold-scales{method=repq}").run(
+        model, Context(calibration=Calibration.of([feeds]))
+    )[0]
+    assert not record.modified
+    assert any(reason in text for _, text in record.skipped)
