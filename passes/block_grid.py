@@ -72,12 +72,13 @@ class BlockLayout:
         padded[:, :k] = matrix
         return padded.reshape(n, -1, self.block)
 
-    def grid(self, x: Array, shrink: float = 1.0) -> BlockGrid:
+    def grid(self, x: Array, shrink: float | Array = 1.0) -> BlockGrid:
         """Return the grids of blocks `x` [..., block], each for the block's own range (widened to hold zero)
-        times `shrink`."""
-        return self._symmetric(x, shrink) if self.symmetric else self._asymmetric(x, shrink)
+        times `shrink` (one, or one a block)."""
+        factor = np.asarray(shrink, np.float32)
+        return self._symmetric(x, factor) if self.symmetric else self._asymmetric(x, factor)
 
-    def _symmetric(self, x: Array, shrink: float) -> BlockGrid:
+    def _symmetric(self, x: Array, shrink: Array) -> BlockGrid:
         """Map the element of largest magnitude to the code -levels/2 exactly, whatever its sign.
 
         The signed scale uses all codes, as the grid has one more on the negative side.
@@ -85,14 +86,14 @@ class BlockLayout:
         half = 2 ** (self.bits - 1)
         position = np.abs(x).argmax(-1)[..., None]
         peak = np.take_along_axis(x, position, -1)[..., 0]
-        scale = (peak * np.float32(shrink) / -(self.levels // 2)).astype(np.float32)
+        scale = (peak * shrink / -(self.levels // 2)).astype(np.float32)
         scale = np.where(np.abs(scale) < _TINY, np.float32(1), scale).astype(np.float32)
         zeros = np.full(scale.shape, half, np.float32)
         return BlockGrid(scale, zeros, half - self.levels // 2, half + self.levels // 2 - 1)
 
-    def _asymmetric(self, x: Array, shrink: float) -> BlockGrid:
-        low = np.minimum(x.min(-1), 0) * np.float32(shrink)
-        high = np.maximum(x.max(-1), 0) * np.float32(shrink)
+    def _asymmetric(self, x: Array, shrink: Array) -> BlockGrid:
+        low = np.minimum(x.min(-1), 0) * shrink
+        high = np.maximum(x.max(-1), 0) * shrink
         scale = ((high - low) / (self.levels - 1)).astype(np.float32)
         scale = np.where(scale < _TINY, np.float32(1), scale).astype(np.float32)
         zeros = np.clip(np.rint(-low / scale), 0, self.levels - 1).astype(np.float32)

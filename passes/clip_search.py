@@ -8,7 +8,7 @@ released code).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -32,44 +32,56 @@ def mse_grid(x: Array, layout: BlockLayout) -> BlockGrid:
     No block is worse off than with its whole range: a ratio is taken only where it is better than all before.
     """
 
-    def best(part: Array) -> BlockGrid:
-        def candidate(ratio: float) -> tuple[Array, BlockGrid]:
-            grid = layout.grid(part, ratio)
-            error = grid.round_trip(part)
-            error -= part
-            return np.asarray(np.einsum("...b,...b->...", error, error)), grid
+    def losses(part: Array, ratio: float) -> Array:
+        error = layout.grid(part, ratio).round_trip(part)
+        error -= part
+        return np.asarray(np.einsum("...b,...b->...", error, error))
 
-        return _least(map(candidate, MSE_RATIOS))
-
-    return _joined([best(part) for part in _parts(x)])
+    return layout.grid(x, _best_ratios(x, MSE_RATIOS, losses))
 
 
-def awq_clip(x: Array, layout: BlockLayout, grams: Array) -> tuple[Array, BlockGrid]:
-    """Return blocks `x` [n, blocks, block] clamped to +-c, and their grids: c is, per row and block, that of
-    AWQ_RATIOS times max|w| with the least error of the layer's output.
+def awq_clip(x: Array, layout: BlockLayout, grams: Array) -> Array:
+    """Return blocks `x` [n, blocks, block] clamped to +-c: c is, per row and block, that of AWQ_RATIOS times
+    max|w| whose grid gives the least error of the layer's output.
 
     Args:
         x: weights.
-        layout: how they will be held.
-        grams: [blocks, block, block], X^T X of each block of input channels: with it the error is exact over
-            all tokens, where the released code samples some.
+        layout: how they will be held; the grid is that of the clamped weights.
+        grams: float32 [blocks, block, block], X^T X of each block of input channels: with it the error is
+            exact over all tokens, where the released code samples some.
     """
 
-    def best(part: Array) -> tuple[Array, BlockGrid]:
-        peak = np.abs(part).max(-1, keepdims=True)
-        limits = np.ones((*part.shape[:-1], 1), np.float32)
+    def losses(part: Array, ratio: float) -> Array:
+        clamped = _clamped(part, ratio)
+        return output_losses(layout.grid(clamped).round_trip(clamped) - part, grams)
 
-        def candidate(ratio: float) -> tuple[Array, BlockGrid, Array]:
-            limit = peak * np.float32(ratio)
-            clamped = np.clip(part, -limit, limit)
-            grid = layout.grid(clamped)
-            return output_losses(grid.round_trip(clamped) - part, grams), grid, limit
+    return _clamped(x, _best_ratios(x, AWQ_RATIOS, losses))
 
-        grid = _least_of(map(candidate, AWQ_RATIOS), limits)
-        return np.clip(part, -limits, limits), grid
 
-    found = [best(part) for part in _parts(x)]
-    return np.concatenate([clamped for clamped, _ in found]), _joined([grid for _, grid in found])
+def _clamped(x: Array, ratio: float | Array) -> Array:
+    limit = (np.abs(x).max(-1) * np.asarray(ratio, np.float32))[..., None]
+    return np.clip(x, -limit, limit)
+
+
+def _best_ratios(x: Array, ratios: Sequence[float], losses: Callable[[Array, float], Array]) -> Array:
+    """Return, for each row and block of `x`, the first ratio of least loss: float32 [n, blocks].
+
+    Args:
+        x: [n, blocks, block].
+        ratios: the candidates.
+        losses: of some rows of `x` at one ratio: [rows, blocks].
+    """
+    chosen = np.full(x.shape[:2], ratios[0], np.float32)
+    rows = max(1, _AT_ONCE // max(1, x[0].size)) if len(x) else 1
+    for start in range(0, len(x), rows):
+        part, best = x[start : start + rows], chosen[start : start + rows]
+        least = losses(part, ratios[0])
+        for ratio in ratios[1:]:
+            now = losses(part, ratio)
+            better = now < least
+            best[better] = ratio
+            least = np.minimum(least, now)
+    return chosen
 
 
 def output_losses(errors: Array, grams: Array) -> Array:

@@ -18,7 +18,7 @@ from splitfold.passes.fold import fold
 from splitfold.passes.foldable import ScaleGroup
 from splitfold.passes.integer_linear import following_bias
 from splitfold.passes.layers import Layer, LayerKind
-from splitfold.passes.values import add_initializer, constant, drop_initializer, emit, take_place
+from splitfold.passes.values import add_initializer, constant, drop_initializer, emit, rename, take_place
 from splitfold.runtime.feeds import Array
 
 __all__ = ["Reparameterisation", "apply_repq", "reparameterise", "repq_obstacle"]
@@ -112,6 +112,7 @@ def _shift_bias(layer: Layer, difference: Array) -> None:
     add = following_bias(layer)
     if add is not None:
         _replace_constant(add, 1 if add.inputs[0] is layer.output else 0, difference)
+        rename(layer.output, f"{layer.output.name}_before")
         return
     graph, output = layer.node.graph, layer.output
     if graph is None:
