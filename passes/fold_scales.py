@@ -66,6 +66,7 @@ class FoldScalesPass(LayerPass):
 
     name: ClassVar[str] = "fold-scales"
     contract: ClassVar[Contract] = Contract.EXACT
+    takes: ClassVar[str] = "MatMul and Gemm of the main graph with a constant float32 weight"
     alpha: float = 0.65
     min_gain: float = 2.0
     data_free: bool = False
@@ -91,6 +92,8 @@ class FoldScalesPass(LayerPass):
                     group.name,
                     "scales folded into the norm" if group.absorbed else "scales by an explicit Mul",
                 )
+                if group.obstacle is not None:
+                    findings.miss(group.name, "scales folded into the norm", group.obstacle)
         return bool(chosen)
 
     def _groups(self, model: ir.Model, findings: Findings) -> list[ScaleGroup]:
@@ -138,6 +141,8 @@ class FoldScalesPass(LayerPass):
         chosen = {}
         for group in usable:
             gain = min(scaled[layer.name] - plain[layer.name] for layer in group.layers)
+            kept = scaled if gain >= self.min_gain else plain
+            findings.measured |= {layer.name: kept[layer.name] for layer in group.layers}
             if gain >= self.min_gain:
                 chosen[group.value] = scales[group.value]
             else:
@@ -217,6 +222,8 @@ def _apply(group: ScaleGroup, scale: Array, *, explicit: bool = False) -> ir.Val
         inner = emit(
             first, "Mul", [group.value, inverse], names=[f"{group.value.name}_scaled_in"], like=group.value
         )
+        if inner.shape is not None:
+            inner.shape = ir.Shape([*inner.shape[:-1], len(scale)])
     for layer in group.layers:
         weight = (layer.weight_array() * scale[:, None]).astype(np.float32)
         layer.node.replace_input_with(1, add_initializer(graph, f"{layer.weight.name}_scaled", weight))

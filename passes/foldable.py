@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from splitfold.passes.identity import display_layer
 from splitfold.passes.layers import Layer, find_layers
 from splitfold.passes.values import constant, int_attribute
 from splitfold.runtime.feeds import Array
@@ -23,14 +24,19 @@ class ScaleGroup:
         value: the shared input.
         layers: its linear readers.
         norm: the LayerNormalization that computes it with constant gamma and beta, or None.
-        absorbed: whether `norm` can absorb the scale: nobody but `layers` reads the value. Else it costs an
-            explicit Mul.
+        obstacle: why `norm` cannot absorb the scale, which then costs an explicit Mul, or None: nobody but
+            `layers` reads the value.
     """
 
     value: ir.Value
     layers: tuple[Layer, ...]
     norm: ir.Node | None
-    absorbed: bool
+    obstacle: str | None
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether `norm` absorbs the scale."""
+        return self.obstacle is None
 
     @property
     def name(self) -> str:
@@ -77,15 +83,26 @@ def scale_groups(model: ir.Model) -> list[ScaleGroup]:
 
 def _group(value: ir.Value, layers: list[Layer]) -> ScaleGroup:
     norm = value.producer()
-    if norm is None or not _is_plain_norm(norm):
-        return ScaleGroup(value, tuple(layers), None, False)
-    nodes = {layer.node for layer in layers}
-    private = not value.is_graph_output() and all(use.node in nodes for use in value.uses())
-    return ScaleGroup(value, tuple(layers), norm, private)
+    if norm is None or norm.op_type != "LayerNormalization":
+        made = "an input of the model" if norm is None else f"made by a {norm.op_type}"
+        return ScaleGroup(value, tuple(layers), None, f"what it reads is {made}, not by a LayerNormalization")
+    if not _is_plain_norm(norm):
+        return ScaleGroup(
+            value, tuple(layers), None, "the LayerNormalization is not over the last axis alone"
+        )
+    return ScaleGroup(value, tuple(layers), norm, _other_reader(value, layers))
 
 
 def _is_plain_norm(node: ir.Node) -> bool:
-    if node.op_type != "LayerNormalization" or int_attribute(node, "axis", -1) != -1:
+    if int_attribute(node, "axis", -1) != -1:
         return False
     parameters = [value for value in node.inputs[1:] if value is not None]
     return all((tensor := constant(value)) is not None and len(tensor.shape) == 1 for value in parameters)
+
+
+def _other_reader(value: ir.Value, layers: list[Layer]) -> str | None:
+    nodes = {layer.node for layer in layers}
+    others = [use.node for use in value.uses() if use.node not in nodes]
+    if others:
+        return f"the {others[0].op_type} of {display_layer(others[0])} reads the norm's output too, unscaled"
+    return "the norm's output is an output of the model too" if value.is_graph_output() else None
