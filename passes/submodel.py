@@ -56,8 +56,8 @@ def submodel(model: ir.Model, outputs: Sequence[str], given: Collection[str] = (
     """Return the part of the main graph that computes `outputs` from the values named in `given` and the
     model's inputs, as a model.
 
-    Its inputs are those of them that it reads, under their own names (see `type_inputs`). Weights are shared, not copied;
-    `model` is not changed. A value in both `given` and `outputs` is not computed: leave it out.
+    Its inputs are those of them that it reads, under their own names (see `type_inputs`). Weights are shared,
+    not copied; `model` is not changed. A value in both `given` and `outputs` is not computed: leave it out.
 
     Raises:
         KeyError: a name that no value of the main graph has.
@@ -84,8 +84,8 @@ def node_model(model: ir.Model, nodes: Collection[ir.Node]) -> ir.Model:
 
 
 def type_inputs(part: ir.Model, feeds: Feeds) -> None:
-    """Give the inputs of a part that have no type that of their arrays: a model cut where nothing was inferred
-    cannot be opened without."""
+    """Give the inputs of a part that have no type that of their arrays: a model cut where no type was
+    inferred cannot be opened without."""
     for value in part.graph.inputs:
         array = feeds.get(value.name or "")
         if value.type is None and array is not None:
