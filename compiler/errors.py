@@ -78,8 +78,8 @@ class BisectionError(SplitfoldError):
 class ComparisonError(SplitfoldError):
     """Two models cannot be compared layer by layer.
 
-    Common causes: inputs or outputs of other names or types (the message names the first), two models of which
-    neither was made from the other.
+    Common causes: inputs or outputs of other names or types (the message names the first), two models of
+    which neither was made from the other.
     """
 
 

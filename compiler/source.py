@@ -117,7 +117,8 @@ def _calibration(model: ir.Model, calibration: object) -> Calibration | None:
 
 
 def read_graph(model: object) -> tuple[ir.Model, Path | None]:
-    """Return an ONNX model, in memory or named by a path, as a copy in ONNX IR, and the file it was read from.
+    """Return an ONNX model, in memory or named by a path, as a copy in ONNX IR, and the file that it came
+    from.
 
     Raises:
         CaptureError: it is no ONNX model.

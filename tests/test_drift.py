@@ -232,6 +232,47 @@ def test_a_subgraph_is_one_operator() -> None:
     ]
 
 
+def test_lists_of_integers_may_change_their_length_or_fix_a_rank() -> None:
+    """A count of rows changes with the batch; of the sizes of a Resize the runtime wants to know how many."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"], name="/shape/Shape"),
+        helper.make_node("Gather", ["shape", "zero"], ["count"], name="/count/Gather"),
+        helper.make_node("Range", ["zero", "count", "one"], ["steps"], name="/steps/Range"),
+        helper.make_node("Gather", ["x", "steps"], ["rows"], name="/rows/Gather"),
+        helper.make_node("Reshape", ["rows", "image"], ["pixels"], name="/pixels/Reshape"),
+        helper.make_node("Mul", ["pixels", "gain"], ["bright"], name="/bright/Mul"),
+        helper.make_node("Unsqueeze", ["count", "axis"], ["first"], name="/first/Unsqueeze"),
+        helper.make_node("Concat", ["first", "rest"], ["sizes"], axis=0, name="/sizes/Concat"),
+        helper.make_node("Resize", ["bright", "", "", "sizes"], ["y"], name="/resize/Resize"),
+    ]
+    numbers = {"zero": 0, "one": 1, "axis": [0], "image": [-1, 1, 4, 8], "rest": [1, 8, 16]}
+    weights = [numpy_helper.from_array(np.array(v, np.int64), name) for name, v in numbers.items()]
+    weights.append(numpy_helper.from_array(np.array(2, np.float32), "gain"))
+    reference = model(nodes, weights, {"x": (TensorProto.FLOAT, ["n", 32])}, ["y"])
+    found = drift(reference, changed(reference, "gain", 1.1), [rows(4), rows(7)])
+    assert [point.value for point in found.points if point.local is None] == []
+    assert [point.value for point in found.sources()] == ["bright"]
+
+
+def test_grids_read_by_several_layers_are_judged_together() -> None:
+    """Each reader's error is small at the output; the outlier in what they read hits all of them."""
+    nodes, weights = [], [initializer("w", 32, 32)]
+    for index in range(3):
+        nodes.append(
+            helper.make_node("MatMul", ["h", f"u{index}"], [f"p{index}"], name=f"/read.{index}/MatMul")
+        )
+        weights.append(initializer(f"u{index}", 32, 32, seed=index + 1))
+    head = helper.make_node("MatMul", ["x", "w"], ["h"], name="/dense/MatMul")
+    tail = helper.make_node("Sum", ["p0", "p1", "p2"], ["y"], name="/sum/Sum")
+    reference = model([head, *nodes, tail], weights, {"x": (TensorProto.FLOAT, ["n", 32])}, ["y"])
+    feeds = rows(64)
+    text = "canonicalize,quantize-activations"
+    found = drift(reference, compile(reference, calibration=feeds, pipeline=text), feeds)
+    readers = [at(found, f"p{index}") for index in range(3)]
+    assert len({point.impact for point in readers}) == 1
+    assert readers[0].impact.relative == pytest.approx(at(found, "y").accumulated.relative, rel=0.5)
+
+
 def test_another_shape_is_a_total_error_at_its_place() -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"], name="/dense/MatMul"),

@@ -62,8 +62,9 @@ def drift_command(
 
     Both models run on the same inputs. For each layer: its *local* error, when it is fed with the reference's
     values (the quantization of its inputs and weights belongs to it); its *accumulated* error, when the model
-    runs by itself; and, for the worst, the *impact*: what its local error alone does to the outputs.
-    SQNR in dB: more is better, infinite is equal.
+    runs by itself; and, for the worst, the *impact*: what its local error does to the outputs when nothing
+    else is wrong (layers that read one rounded value count together). Rows go by impact; where two are within
+    3 dB, by local error. SQNR in dB: more is better.
 
     \b
     Examples:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitfold.compiler.debug.probe import Seen
-from splitfold.compiler.debug.slices import input_shape
 from splitfold.passes.submodel import read_values
 
 __all__ = ["Cut", "cut_open"]
@@ -72,7 +71,6 @@ def _feed(graph: ir.Graph, value: ir.Value, seen: Seen) -> ir.Value:
     made = ir.Value(
         name=f"{value.name}{_FED}",
         type=ir.TensorType(ir.DataType.from_numpy(seen.dtype)),
-        shape=input_shape(seen.shape, seen.dtype),
     )
     graph.inputs.append(made)
     for use in tuple(value.uses()):

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from splitfold.passes.submodel import nodes_between, read_values, submodel
+from splitfold.runtime.errors import SessionError
 from splitfold.runtime.feeds import Array
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
-__all__ = ["Slice", "halves", "input_shape", "partition", "slice_model", "unreadable"]
+__all__ = ["Slice", "halves", "partition", "slice_model", "unreadable"]
 
 _READABLE = {
     ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL,
@@ -63,7 +62,15 @@ class Slice:
         self._session = None
 
     def _open(self, feeds: Mapping[str, Array]) -> Session:
-        inputs = {value.name for value in self.model.graph.inputs}
+        """Open the part with inputs of any size, or where the runtime wants to know the length of a list of
+        integers, from which it infers a rank, with that."""
+        try:
+            return Session(self._part(feeds, fixed=False), self.target, optimization=Optimization.OFF)
+        except SessionError:
+            return Session(self._part(feeds, fixed=True), self.target, optimization=Optimization.OFF)
+
+    def _part(self, feeds: Mapping[str, Array], *, fixed: bool) -> ir.Model:
+        inputs = {value.name for value in self.model.graph.inputs if value.shape is not None}
         part = submodel(self.model, self.leaving, [name for name in self.given if name not in inputs])
         for value in part.graph.inputs:
             array = feeds[value.name or ""]
@@ -71,9 +78,10 @@ class Slice:
                 continue
             if value.type is None or value.dtype != ir.DataType.from_numpy(array.dtype):
                 value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-            if value.shape is None or len(value.shape) != array.ndim:
-                value.shape = input_shape(array.shape, array.dtype)
-        return Session(part, self.target, optimization=Optimization.OFF)
+            if value.name not in inputs:
+                known = fixed and array.ndim == 1 and array.dtype.kind in "iu"
+                value.shape = ir.Shape(array.shape if known else [None] * array.ndim)
+        return part
 
 
 def slice_model(
@@ -113,15 +121,6 @@ def slice_model(
 def _data_read(node: ir.Node) -> list[ir.Value]:
     """Return what `node` reads that is no constant."""
     return [v for v in read_values(node) if v.is_graph_input() or not v.is_initializer()]
-
-
-def input_shape(shape: Sequence[int], dtype: np.dtype[Any]) -> ir.Shape:
-    """Return the shape to declare for an input that a value of a model is fed to: free, for any batch to fit.
-
-    The length of a list of integers stays: it is often a shape, and the runtime infers a rank from it.
-    """
-    fixed = len(shape) == 1 and dtype.kind in "iu"
-    return ir.Shape(shape if fixed else [None] * len(shape))
 
 
 def halves(part: Slice) -> list[Slice]:

@@ -29,7 +29,7 @@ from splitfold.passes.identity import display_layer
 from splitfold.runtime.model_file import read_model
 
 LAYER = 3
-FACTOR = 60.0
+FACTOR = 100.0
 CHANNEL = 17
 PER_TENSOR = "canonicalize,quantize-activations"
 """Static int8 with one scale a tensor, and nothing that moves outliers into weights."""
