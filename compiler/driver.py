@@ -13,8 +13,8 @@ import onnx_ir as ir
 from splitfold.compiler.build import Built, Job, build, complete
 from splitfold.compiler.checkpoint import Checkpoint
 from splitfold.compiler.compiled import Compiled
-from splitfold.compiler.debug.blame import name_layer
-from splitfold.compiler.debug.reproducer import REPRODUCERS, write_reproducer
+from splitfold.compiler.debug.failure.blame import name_layer
+from splitfold.compiler.debug.reproduce.reproducer import REPRODUCERS, write_reproducer
 from splitfold.compiler.errors import VerificationError
 from splitfold.compiler.manifest import build_manifest
 from splitfold.compiler.realisation import Unrealised

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def reproducers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return where failing compilations write their reproducers: nothing is left in the folder for all."""
     folder = tmp_path_factory.getbasetemp() / "reproducers"
-    monkeypatch.setattr("splitfold.compiler.debug.reproducer.REPRODUCERS", folder)
+    monkeypatch.setattr("splitfold.compiler.debug.reproduce.reproducer.REPRODUCERS", folder)
     monkeypatch.setitem(compile.__kwdefaults__, "reproducers", folder)
     return folder
 

@@ -9,8 +9,8 @@ from seeded import parse_graph
 from small import samples
 
 from splitfold.compiler import Tolerance, compile
-from splitfold.compiler.debug.diff import GraphDiff, diff
-from splitfold.compiler.debug.diff_types import Kind, LayerChange, TensorChange
+from splitfold.compiler.debug.diff.graph_diff import GraphDiff, diff
+from splitfold.compiler.debug.diff.types import Kind, LayerChange, TensorChange
 
 CALIBRATION = [{"x": samples(16, seed=seed)} for seed in range(4)]
 HEAD = '<ir_version: 9, opset_import: ["" : 20]>'

@@ -17,9 +17,9 @@ from onnx import numpy_helper
 from sabotage_base import is_dense, set_tensor, weight_of
 
 from splitfold.compiler import compile
-from splitfold.compiler.debug import culprits
-from splitfold.compiler.debug.bisect import Bisection, bisect
-from splitfold.compiler.debug.judge import Evaluation
+from splitfold.compiler.debug.bisect import culprits
+from splitfold.compiler.debug.bisect.bisection import Bisection, bisect
+from splitfold.compiler.debug.bisect.judge import Evaluation
 from splitfold.compiler.errors import BisectionError
 from splitfold.compiler.tolerance import Tolerance
 from splitfold.passes.base import Context, Contract, Findings, LayerPass, Pass, Require

@@ -13,8 +13,8 @@ from diffing import compiled, difference, only_layer, only_tensor, parsed_model
 from onnx import helper, numpy_helper
 from small import WIDTH, initializer, mlp, model_of, saved
 
-from splitfold.compiler.debug.diff import diff
-from splitfold.compiler.debug.diff_types import Aspect, Detail, Kind, SlotChange
+from splitfold.compiler.debug.diff.graph_diff import diff
+from splitfold.compiler.debug.diff.types import Aspect, Detail, Kind, SlotChange
 from splitfold.passes.pipeline import Pipeline
 from splitfold.runtime.model_file import read_model
 

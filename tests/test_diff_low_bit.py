@@ -14,8 +14,8 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader
 from small import mlp, saved
 
 from splitfold.compiler import presets
-from splitfold.compiler.debug.diff import diff
-from splitfold.compiler.debug.diff_types import Kind
+from splitfold.compiler.debug.diff.graph_diff import diff
+from splitfold.compiler.debug.diff.types import Kind
 from splitfold.passes.base import Context
 from splitfold.passes.pipeline import Pipeline
 from splitfold.runtime.calibration import Calibration

@@ -16,7 +16,7 @@ from small import WIDTH, initializer, mlp, model_of, saved
 
 from splitfold.compiler import compile, presets
 from splitfold.compiler.cli.diff_text import layer_texts
-from splitfold.compiler.debug.diff import diff
+from splitfold.compiler.debug.diff.graph_diff import diff
 from splitfold.compiler.debug.snapshots import Snapshots
 from splitfold.passes.errors import SpecError
 from splitfold.runtime.model_file import read_model

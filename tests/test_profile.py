@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 from small import initializer, mlp, samples, saved
 
 from splitfold.compiler import Tolerance, compile, presets
-from splitfold.compiler.debug.kernels import match_kernels
-from splitfold.compiler.debug.profile import (
+from splitfold.compiler.debug.profile.kernels import match_kernels
+from splitfold.compiler.debug.profile.times import (
     ModelTime,
     OperatorTime,
     Profile,

@@ -15,9 +15,9 @@ from failing import LAYER, count, failed
 from real_minilm import minilm, sentences
 
 from splitfold.compiler import Pipeline, Tolerance
-from splitfold.compiler.debug.case import Case, Signature, attempt
-from splitfold.compiler.debug.reduce import Limits, reduce
-from splitfold.compiler.debug.reproduce import Outcome, reproduce
+from splitfold.compiler.debug.reproduce.case import Case, Signature, attempt
+from splitfold.compiler.debug.reproduce.reduce import Limits, reduce
+from splitfold.compiler.debug.reproduce.rerun import Outcome, reproduce
 from splitfold.compiler.realisation import Unrealised
 from splitfold.passes.base import Pass
 from splitfold.passes.canonicalize import CanonicalizePass

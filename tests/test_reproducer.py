@@ -21,10 +21,10 @@ from random_graphs import random_model
 from small import mlp, samples
 
 from splitfold.compiler import Budget, Pipeline, Tolerance, compile
-from splitfold.compiler.debug import reduce as reduction
-from splitfold.compiler.debug.case import Case
-from splitfold.compiler.debug.case_folder import case_facts, read_case, read_facts, write_case
-from splitfold.compiler.debug.reproduce import Outcome, reproduce
+from splitfold.compiler.debug.reproduce import reduce as reduction
+from splitfold.compiler.debug.reproduce.case import Case
+from splitfold.compiler.debug.reproduce.case_folder import case_facts, read_case, read_facts, write_case
+from splitfold.compiler.debug.reproduce.rerun import Outcome, reproduce
 from splitfold.compiler.errors import BudgetError, OriginalFailedError, VerificationError
 from splitfold.compiler.realisation import Unrealised
 from splitfold.passes.canonicalize import CanonicalizePass

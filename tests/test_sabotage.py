@@ -16,8 +16,8 @@ from sabotage_base import Sabotage, set_tensor
 from sabotage_breaks import Boast
 
 from splitfold.compiler import compile
-from splitfold.compiler.debug.bisect import bisect
-from splitfold.compiler.debug.drift import drift
+from splitfold.compiler.debug.bisect.bisection import bisect
+from splitfold.compiler.debug.drift.measurement import drift
 from splitfold.compiler.tolerance import Tolerance
 from splitfold.passes.base import Context, Contract, Findings, Pass
 from splitfold.passes.canonicalize import CanonicalizePass, name_all

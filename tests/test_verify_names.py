@@ -17,9 +17,9 @@ from planted import Planted
 from small import initializer, mlp, model_of, samples
 
 from splitfold.compiler import Pipeline, Tolerance, Unrealised, compile
-from splitfold.compiler.debug.blame import first_failing_node
-from splitfold.compiler.debug.changes import find_changes
-from splitfold.compiler.debug.mentions import mentioned_node
+from splitfold.compiler.debug.failure.blame import first_failing_node
+from splitfold.compiler.debug.failure.changes import find_changes
+from splitfold.compiler.debug.failure.mentions import mentioned_node
 from splitfold.compiler.errors import VerificationError
 from splitfold.passes.base import Context, Contract, Findings, Pass
 from splitfold.passes.canonicalize import CanonicalizePass
@@ -182,7 +182,7 @@ def test_naming_that_fails_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*_: object) -> None:
         raise RuntimeError("no idea")
 
-    monkeypatch.setattr("splitfold.compiler.debug.blame.find_changes", broken)
+    monkeypatch.setattr("splitfold.compiler.debug.failure.blame.find_changes", broken)
     error = failure(planted.Silent(layer=LAYER))
     assert (error.kind, error.layer) == (Failure.UNTRUE, "")
 

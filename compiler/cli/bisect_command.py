@@ -25,8 +25,8 @@ from splitfold.compiler.cli.options import (
     read_inputs,
 )
 from splitfold.compiler.cli.output import errors, say
-from splitfold.compiler.debug.bisect import bisect
-from splitfold.compiler.debug.judge import Evaluation
+from splitfold.compiler.debug.bisect.bisection import bisect
+from splitfold.compiler.debug.bisect.judge import Evaluation
 from splitfold.compiler.driver import Evaluate
 from splitfold.compiler.errors import CaptureError
 from splitfold.compiler.locate import locate_attribute, locate_data, locate_model

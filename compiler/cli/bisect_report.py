@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from splitfold.compiler.cli.output import say, table
-from splitfold.compiler.debug.bisect import Bisection, Culprit
-from splitfold.compiler.debug.judge import Verdict
+from splitfold.compiler.debug.bisect.bisection import Bisection, Culprit
+from splitfold.compiler.debug.bisect.judge import Verdict
 
 __all__ = ["print_bisection"]
 

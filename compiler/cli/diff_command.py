@@ -14,8 +14,8 @@ from splitfold.compiler.cli.diff_text import layer_texts
 from splitfold.compiler.cli.group import usage
 from splitfold.compiler.cli.options import DebugOption
 from splitfold.compiler.cli.output import megabytes, out, say
-from splitfold.compiler.debug.diff import GraphDiff, diff
-from splitfold.compiler.debug.diff_types import Slot, SlotChange
+from splitfold.compiler.debug.diff.graph_diff import GraphDiff, diff
+from splitfold.compiler.debug.diff.types import Slot, SlotChange
 from splitfold.runtime.model_file import model_path, read_model
 
 __all__ = ["diff_command"]

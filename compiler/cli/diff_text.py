@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from splitfold.compiler.debug.diff_types import (
+from splitfold.compiler.debug.diff.types import (
     Aspect,
     Detail,
     Kind,

@@ -15,8 +15,8 @@ from splitfold.compiler.cli.compare_command import DataOption
 from splitfold.compiler.cli.data import open_data
 from splitfold.compiler.cli.options import DebugOption
 from splitfold.compiler.cli.output import out
-from splitfold.compiler.debug.drift import Drift, Point, drift
-from splitfold.compiler.debug.padding import PADDING
+from splitfold.compiler.debug.drift.measurement import Drift, Point, drift
+from splitfold.compiler.debug.drift.padding import PADDING
 from splitfold.runtime.compare import Deviation
 from splitfold.runtime.model_file import model_path, read_model
 

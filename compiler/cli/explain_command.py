@@ -16,11 +16,11 @@ from splitfold.compiler.cli.compare_command import DataOption
 from splitfold.compiler.cli.group import usage
 from splitfold.compiler.cli.options import DebugOption
 from splitfold.compiler.cli.output import megabytes, out, say, table
-from splitfold.compiler.debug.drift import Drift, drift
-from splitfold.compiler.debug.explain import Explanation, LayerExplanation, Totals, explain
-from splitfold.compiler.debug.layer_steps import Action
-from splitfold.compiler.debug.near_patterns import PatternFit
-from splitfold.compiler.debug.storage import Storage
+from splitfold.compiler.debug.drift.measurement import Drift, drift
+from splitfold.compiler.debug.explain.explanation import Explanation, LayerExplanation, Totals, explain
+from splitfold.compiler.debug.explain.layer_steps import Action
+from splitfold.compiler.debug.explain.near_patterns import PatternFit
+from splitfold.compiler.debug.explain.storage import Storage
 from splitfold.compiler.locate import locate_data
 from splitfold.runtime.artifact import Artifact, read_manifest
 from splitfold.runtime.errors import ArtifactError

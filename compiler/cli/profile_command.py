@@ -15,7 +15,7 @@ from splitfold.compiler.cli.compare_command import DataOption
 from splitfold.compiler.cli.data import open_data
 from splitfold.compiler.cli.options import DebugOption, first_feeds
 from splitfold.compiler.cli.output import out, table
-from splitfold.compiler.debug.profile import ModelTime, Profile, ProfileRow, RowTime, profile
+from splitfold.compiler.debug.profile.times import ModelTime, Profile, ProfileRow, RowTime, profile
 from splitfold.runtime.model_file import model_path, read_model
 
 __all__ = ["profile_command"]

@@ -10,7 +10,7 @@ import typer
 
 from splitfold.compiler.cli.options import DebugOption
 from splitfold.compiler.cli.output import out, say
-from splitfold.compiler.debug.reproduce import Outcome, Reproduction, reproduce
+from splitfold.compiler.debug.reproduce.rerun import Outcome, Reproduction, reproduce
 
 __all__ = ["reproduce_command"]
 

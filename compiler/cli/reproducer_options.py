@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from splitfold.compiler.debug import reproducer
+from splitfold.compiler.debug.reproduce import reproducer
 
 __all__ = ["NoReproducerOption", "ReproducersOption", "reproducers_in"]
 

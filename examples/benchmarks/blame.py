@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.compiler import Tolerance, compile
-from splitfold.compiler.debug.drift import Drift, drift
+from splitfold.compiler.debug.drift.measurement import Drift, drift
 from splitfold.examples.benchmarks import data
 from splitfold.examples.benchmarks.data import Feeds
 from splitfold.examples.benchmarks.minilm import Encoder, capture

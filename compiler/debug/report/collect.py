@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from splitfold.compiler.compiled import Compiled
-from splitfold.compiler.debug.drift import Drift, drift
+from splitfold.compiler.debug.drift.measurement import Drift, drift
 from splitfold.compiler.debug.report.data import (
     Distribution,
     DriftFacts,

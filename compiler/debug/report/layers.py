@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from splitfold.compiler.debug.drift import Drift, Point
+from splitfold.compiler.debug.drift.measurement import Drift, Point
 from splitfold.compiler.debug.report.data import Event, EventKind, Held, LayerRow
 from splitfold.compiler.debug.report.formatting import decibels, finite
 from splitfold.compiler.debug.report.side import Side
