@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from splitfold.compiler.source import Source
 from splitfold.passes.pipeline import PassRecord
@@ -24,3 +25,18 @@ class Compiled(Artifact):
 
     records: tuple[PassRecord, ...]
     source: Source
+
+    def write_report(self, path: str | Path) -> Path:
+        """Write a report of the compilation as one HTML file (replacing it) that needs no network, and return
+        its path.
+
+        Runs both models on a few batches. What cannot be had, such as the drift of a model that does not run
+        here, is named in the report.
+
+        Raises:
+            ArtifactError: there is no such folder, or it cannot be written; what was there before remains.
+            ReportError: plotly is not installed (`splitfold[report]`).
+        """
+        from splitfold.compiler.debug.report import write_report
+
+        return write_report(self, path)

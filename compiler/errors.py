@@ -3,10 +3,19 @@
 
 from __future__ import annotations
 
+from splitfold.passes.errors import Failure, FailureError
 from splitfold.runtime.compare import Deviation
-from splitfold.runtime.errors import SplitfoldError
+from splitfold.runtime.errors import SessionError, SplitfoldError
 
-__all__ = ["BudgetError", "CaptureError", "VerificationError"]
+__all__ = [
+    "BisectionError",
+    "BudgetError",
+    "CaptureError",
+    "ComparisonError",
+    "OriginalFailedError",
+    "ReportError",
+    "VerificationError",
+]
 
 
 class CaptureError(SplitfoldError):
@@ -18,8 +27,9 @@ class CaptureError(SplitfoldError):
     """
 
 
-class VerificationError(SplitfoldError):
-    """The compiled model is further from the reference than the tolerance allows, or gives NaN or infinity.
+class VerificationError(FailureError):
+    """The compiled model is further from the reference than the tolerance allows, gives NaN or infinity, or
+    does not run as deployed.
 
     Attributes:
         output: the output that is off.
@@ -28,13 +38,50 @@ class VerificationError(SplitfoldError):
     """
 
     def __init__(
-        self, message: str, *, output: str = "", deviation: Deviation | None = None, blame: str = ""
+        self,
+        message: str,
+        *,
+        kind: Failure = Failure.TOLERANCE,
+        output: str = "",
+        deviation: Deviation | None = None,
+        blame: str = "",
+        layer: str = "",
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, kind=kind, layer=layer)
         self.output = output
         self.deviation = deviation
         self.blame = blame
 
+    @property
+    def culprit(self) -> str:
+        """Text form of the pass to blame; empty where none is known."""
+        return self.blame
+
+
+class OriginalFailedError(FailureError, SessionError):
+    """The model that is to be compiled does not run on the inputs that it is to be verified on.
+
+    Common causes: an input that its layers do not allow, such as an index beyond a table; a fault of the
+    runtime, whose message is quoted.
+    """
+
 
 class BudgetError(SplitfoldError):
     """The result misses the budget; the message says what was reached."""
+
+
+class BisectionError(SplitfoldError):
+    """A bisection cannot be made: the metric is unusable, the original does not meet it, or the whole
+    pipeline does."""
+
+
+class ComparisonError(SplitfoldError):
+    """Two models cannot be compared layer by layer.
+
+    Common causes: inputs or outputs of other names or types (the message names the first), two models of
+    which neither was made from the other.
+    """
+
+
+class ReportError(SplitfoldError):
+    """A report cannot be made: a package that it needs is not installed; the message says which."""

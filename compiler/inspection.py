@@ -12,7 +12,7 @@ import onnx_ir as ir
 from splitfold.passes.identity import display_layer, name_layers
 from splitfold.passes.values import int_attribute
 
-__all__ = ["LayerFacts", "constant_bytes", "inspect_layers", "operator_counts"]
+__all__ = ["LayerFacts", "constant_bytes", "inspect_layers", "operator_counts", "weighted_nodes"]
 
 _CARRIES_ON = {
     "Cast",
@@ -28,7 +28,7 @@ _CARRIES_ON = {
 """Operators between a stored weight and the one that computes with it."""
 _LAYERS = {
     "Attention", "Conv", "ConvInteger", "ConvTranspose", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul",
-    "GRU", "Gather", "GatherBlockQuantized", "Gemm", "LSTM", "MatMul", "MatMulInteger",
+    "FusedConv", "GRU", "Gather", "GatherBlockQuantized", "Gemm", "LSTM", "MatMul", "MatMulInteger",
     "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "RNN",
 }  # fmt: skip
 
@@ -73,10 +73,15 @@ def constant_bytes(model: ir.Model) -> int:
 
 def inspect_layers(model: ir.Model) -> list[LayerFacts]:
     """Return the operators with weights, in order; `model` is given layer names where it has none."""
+    return [facts for _, facts in weighted_nodes(model)]
+
+
+def weighted_nodes(model: ir.Model) -> list[tuple[ir.Node, LayerFacts]]:
+    """Return the same with their nodes."""
     name_layers(model)
     counted: set[str] = set()
     nodes = [node for graph in model.graphs() for node in graph if node.op_type in _LAYERS]
-    return [facts for node in nodes if (facts := _facts(node, counted)) is not None]
+    return [(node, facts) for node in nodes if (facts := _facts(node, counted)) is not None]
 
 
 def _facts(node: ir.Node, counted: set[str]) -> LayerFacts | None:
@@ -125,8 +130,8 @@ def _precision(node: ir.Node, weight: ir.TensorProtocol) -> str:
 
 
 def _activations(node: ir.Node) -> str:
-    if node.op_type in ("MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
-        return "dynamic"
     producer = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-    static = node.op_type.startswith("Q") or (producer is not None and producer.op_type == "DequantizeLinear")
-    return "static" if static else "float"
+    made_by = producer.op_type if producer is not None else ""
+    if node.op_type in ("MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
+        return "static" if made_by == "QuantizeLinear" else "dynamic"
+    return "static" if node.op_type.startswith("Q") or made_by == "DequantizeLinear" else "float"

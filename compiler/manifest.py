@@ -20,7 +20,7 @@ from splitfold.passes.pipeline import PassRecord, Pipeline
 from splitfold.runtime.compare import Deviation
 from splitfold.runtime.feeds import model_inputs
 
-__all__ = ["FORMAT", "build_manifest", "installed_version"]
+__all__ = ["FORMAT", "build_manifest", "installed_version", "record_values", "versions"]
 
 FORMAT = 1
 _PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "splitfold")
@@ -32,6 +32,11 @@ def installed_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide what comes out."""
+    return {name: installed_version(name) for name in _PACKAGES}
 
 
 def build_manifest(
@@ -56,12 +61,12 @@ def build_manifest(
         "format": FORMAT,
         "pipeline": str(pipeline),
         "opset": default_opset(model),
-        "versions": {name: installed_version(name) for name in _PACKAGES},
+        "versions": versions(),
         "signature": {
             "inputs": [_signature(value) for value in model_inputs(model)],
             "outputs": [_signature(value) for value in model.graph.outputs],
         },
-        "records": [_record(record) for record in records],
+        "records": [record_values(record) for record in records],
         "realised": {item.layer: {"kernel": item.kernel, "low_bit": item.realised} for item in realised},
         "deviation": {name: _finite(dataclasses.asdict(found)) for name, found in deviations.items()},
         **facts,
@@ -81,11 +86,14 @@ def _signature(value: ir.Value) -> dict[str, Any]:
     }
 
 
-def _record(record: PassRecord) -> dict[str, Any]:
+def record_values(record: PassRecord) -> dict[str, Any]:
+    """Return a record as plain JSON values, without its time."""
     data = dataclasses.asdict(record)
     data.pop("seconds")
     data["applied"] = [list(item) for item in record.applied]
     data["skipped"] = [list(item) for item in record.skipped]
+    data["missed"] = [list(item) for item in record.missed]
+    data["measured"] = _finite({layer: round(found, 2) for layer, found in record.measured.items()})
     data["notes"] = list(record.notes)
     data["deviation"] = None if record.deviation is None else _finite(dataclasses.asdict(record.deviation))
     return data

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import enum
+import json
 import tomllib
 import types
 import typing
@@ -17,7 +19,7 @@ from splitfold.passes.spec import option_types, pass_from_options
 from splitfold.passes.table import PASSES
 from splitfold.runtime.errors import did_you_mean
 
-__all__ = ["read_recipe"]
+__all__ = ["read_recipe", "recipe_text"]
 
 _KEYS = ("preset", "pass")
 
@@ -47,6 +49,30 @@ def read_recipe(path: str | Path) -> Pipeline:
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise SpecError(f"{file}: 'pass' must be an array of tables: write [[pass]] above each pass.")
     return Pipeline(tuple(_step(file, position, step) for position, step in enumerate(steps)))
+
+
+def recipe_text(pipeline: Pipeline) -> str:
+    """Return the recipe of a pipeline, which `read_recipe` reads back."""
+    tables = []
+    for step in pipeline:
+        plain, lines = type(step)(), ["[[pass]]", f"name = {_toml(step.name)}"]
+        for option in option_types(type(step)):
+            value = getattr(step, option.replace("-", "_"))
+            if value != getattr(plain, option.replace("-", "_")):
+                lines.append(f"{option} = {_toml(value)}")
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if value is None:
+        return '"none"'
+    # a basic string of TOML is escaped as in JSON, but for DEL, which no layer's name holds
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
 
 
 def _load(file: Path) -> dict[str, object]:

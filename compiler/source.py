@@ -22,7 +22,7 @@ from splitfold.runtime.model_file import model_path, read_model
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
-__all__ = ["Source", "load_source"]
+__all__ = ["Source", "load_source", "read_graph"]
 
 _SIZES = (8, 1, 32, 512, 224)
 """Sizes tried for dynamic axes where the user gave no inputs and the model does not run with the first."""
@@ -73,7 +73,7 @@ def load_source(
         check_finite(captured.model)
         _check_captured(captured, target)
         return Source(captured.model, captured.feeds, None, False, _calibration(captured.model, calibration))
-    read, path = _read(model)
+    read, path = read_graph(model)
     check_finite(read)
     data, missing = _calibration(read, calibration), missing_kernels(read, target)
     synthetic = example_inputs is None and data is None
@@ -116,7 +116,14 @@ def _calibration(model: ir.Model, calibration: object) -> Calibration | None:
     return data
 
 
-def _read(model: object) -> tuple[ir.Model, Path | None]:
+def read_graph(model: object) -> tuple[ir.Model, Path | None]:
+    """Return an ONNX model, in memory or named by a path, as a copy in ONNX IR, and the file that it came
+    from.
+
+    Raises:
+        CaptureError: it is no ONNX model.
+        ArtifactError: the file cannot be read.
+    """
     if isinstance(model, ir.Model):
         return model.clone(), None
     if isinstance(model, onnx.ModelProto):

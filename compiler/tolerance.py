@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from splitfold.compiler.errors import BudgetError, VerificationError
-from splitfold.passes.errors import SpecError
+from splitfold.passes.errors import Failure, SpecError
 from splitfold.runtime.compare import Deviation, worst
 from splitfold.runtime.errors import did_you_mean
 
@@ -96,7 +96,8 @@ class Tolerance:
         if self.metric_drop is not None and not before - after <= self.metric_drop:
             raise VerificationError(
                 f"the metric fell from {before:.6g} to {after:.6g}, by more than metric_drop = "
-                f"{self.metric_drop:g}."
+                f"{self.metric_drop:g}.",
+                kind=Failure.METRIC,
             )
 
 

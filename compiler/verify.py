@@ -12,8 +12,7 @@ import onnx_ir as ir
 
 from splitfold.compiler.errors import VerificationError
 from splitfold.passes.base import Contract, Pass
-from splitfold.passes.errors import PassFailedError
-from splitfold.passes.identity import display_layer
+from splitfold.passes.errors import Failure, PassFailedError
 from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.compare import Deviation, deviation, exactness, first_non_finite, worst
 from splitfold.runtime.errors import SessionError
@@ -21,7 +20,7 @@ from splitfold.runtime.feeds import Array, Feeds
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
-__all__ = ["Verifier", "compare_outputs", "name_non_finite"]
+__all__ = ["Verifier", "compare_outputs", "rtol"]
 
 _RTOL = {"f2": 5e-3, "f4": 1e-4, "f8": 1e-10}
 """Beyond re-association, by float dtype: relative to the value and the output's root mean square."""
@@ -66,16 +65,18 @@ class Verifier:
         """Run the model, hold an exact pass to its word, and add the deviation to the record.
 
         Raises:
-            PassFailedError: the model does not run any more, or an exact pass changed an output.
+            PassFailedError: the model does not run any more, an output has another shape or type, or an exact
+                pass changed one.
             VerificationError: an output became NaN or infinite.
         """
         if not record.modified:
             self._done.append(record.text)
             return record
         now = self._outputs(step, model)
+        self._check_signature(step, now)
         if step.contract is Contract.EXACT:
             self._check_exact(step, now)
-        self._check_finite(step, model, now)
+        self._check_finite(step, now)
         found = worst(compare_outputs(self._last, now))
         self._last = now
         self._done.append(record.text)
@@ -86,27 +87,54 @@ class Verifier:
             return self._run(model)
         except SessionError as error:
             raise PassFailedError(
-                f"the model does not run any more: {error}", failed=str(step), before=tuple(self._done)
+                f"the model does not run any more: {error}",
+                failed=str(step),
+                before=tuple(self._done),
+                kind=Failure.STOPPED,
             ) from error
+
+    def _check_signature(self, step: Pass, now: Outputs) -> None:
+        if step.contract is Contract.SEMANTIC:
+            return
+        if len(now) != len(self._last):
+            raise self._moved(step, f"the model has {len(now)} outputs, it had {len(self._last)}")
+        for (name, before), after in zip(self._last.items(), now.values(), strict=True):
+            if (before.shape, before.dtype) != (after.shape, after.dtype):
+                raise self._moved(
+                    step, f"output '{name}' is {_form(after)}, it was {_form(before)}: its form changed"
+                )
 
     def _check_exact(self, step: Pass, now: Outputs) -> None:
         for (name, before), after in zip(self._last.items(), now.values(), strict=True):
-            found = exactness(before, after, rtol=_RTOL.get(before.dtype.str[1:], 1e-4))
+            found = exactness(before, after, rtol=rtol(before))
             if found.excess > 1:
-                raise PassFailedError(
+                raise self._moved(
+                    step,
                     f"it promises the same outputs, but '{name}' moved by up to {found.max_abs:.3g}, "
                     f"{found.excess:.3g} times what re-association explains",
-                    failed=str(step),
-                    before=tuple(self._done),
                 )
 
-    def _check_finite(self, step: Pass, model: ir.Model, now: Outputs) -> None:
+    def _moved(self, step: Pass, message: str) -> PassFailedError:
+        return PassFailedError(message, failed=str(step), before=tuple(self._done), kind=Failure.MOVED)
+
+    def _check_finite(self, step: Pass, now: Outputs) -> None:
         name = first_non_finite(now)
         if name is not None and first_non_finite(self._last) is None:
-            where = name_non_finite(model, self._feeds, self._target)
             raise VerificationError(
-                f"after {step} output '{name}' holds NaN or infinity; {where}.", output=name, blame=str(step)
+                f"after {step} output '{name}' holds NaN or infinity.",
+                kind=Failure.NON_FINITE,
+                output=name,
+                blame=str(step),
             )
+
+
+def _form(array: Array) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def rtol(reference: Array) -> float:
+    """Return how far an array may be from `reference` by re-association, as `exactness` takes it."""
+    return _RTOL.get(reference.dtype.str[1:], 1e-4)
 
 
 def compare_outputs(reference: Outputs, actual: Outputs) -> dict[str, Deviation]:
@@ -120,19 +148,3 @@ def compare_outputs(reference: Outputs, actual: Outputs) -> dict[str, Deviation]
         else:
             found[name] = deviation([before], [after])
     return found
-
-
-def name_non_finite(model: ir.Model, feeds: Feeds, target: Target) -> str:
-    """Return a text that names the first value, in order of execution, that holds NaN or infinity."""
-    values = [
-        (output.name or "", node)
-        for node in model.graph
-        for output in node.outputs
-        if output.name and output.dtype is not None and output.dtype.is_floating_point()
-    ]
-    names = [name for name, _ in values]
-    results = Session(model, target, optimization=Optimization.OFF, taps=names).run(feeds, names)
-    for name, node in values:
-        if not np.isfinite(results[name].astype(np.float64)).all():
-            return f"the first value that does is '{name}' of layer {display_layer(node)} ({node.op_type})"
-    return "no value inside the graph does"

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from splitfold.passes.errors import PassFailedError, SpecError
+from splitfold.passes.errors import Failure, PassFailedError, SpecError
 from splitfold.passes.values import forget_names, import_domains
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import did_you_mean
@@ -65,12 +65,18 @@ class Findings:
         skipped: (layer, reason) of each candidate that was left as it is.
         notes: facts about the whole, such as counts, bytes and bits.
         carried: by layer, names of the low-bit weights that a kernel of the target must be seen to read.
+        missed: (layer, pattern, reason) of each place that a pattern of the pass nearly fitted; it was no
+            candidate, so nobody was promised anything.
+        measured: by layer, the SQNR in dB of its own low-bit output, taken or not, on the float model's
+            activations.
     """
 
     applied: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     carried: dict[str, list[str]] = field(default_factory=dict)
+    missed: list[tuple[str, str, str]] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
 
     def apply(self, layer: str, what: str, *, weight: str | None = None) -> None:
         """Record that `what` was done to `layer`; `weight` is the low-bit initializer it now reads."""
@@ -81,6 +87,11 @@ class Findings:
     def skip(self, layer: str, reason: str) -> None:
         """Record why the candidate `layer` was left as it is."""
         self.skipped.append((layer, reason))
+
+    def miss(self, layer: str, pattern: str, reason: str) -> None:
+        """Record why `pattern` nearly fitted `layer`, and did not."""
+        if (layer, pattern, reason) not in self.missed:
+            self.missed.append((layer, pattern, reason))
 
     def counts(self) -> dict[str, int]:
         """Return how often each thing was done."""
@@ -108,6 +119,8 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
+    takes: ClassVar[str] = ""
+    """What it takes up, in words, for those who ask why it left a layer alone."""
     require: Require = field(default=Require.NONE, kw_only=True)
 
     @abc.abstractmethod
@@ -137,10 +150,14 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
             or "no candidate was found"
         )
         if self.require is Require.SOME and not findings.applied:
-            raise PassFailedError(f"nothing was applied ({reasons})", failed=str(self))
+            raise PassFailedError(
+                f"nothing was applied ({reasons})", failed=str(self), kind=Failure.NOT_APPLIED
+            )
         if self.require is Require.ALL and (findings.skipped or not findings.applied):
             raise PassFailedError(
-                f"{len(findings.skipped)} candidates were skipped ({reasons})", failed=str(self)
+                f"{len(findings.skipped)} candidates were skipped ({reasons})",
+                failed=str(self),
+                kind=Failure.NOT_APPLIED,
             )
 
     def __str__(self) -> str:

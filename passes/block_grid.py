@@ -9,7 +9,7 @@ import numpy as np
 
 from splitfold.runtime.feeds import Array
 
-__all__ = ["BlockLayout", "BlockGrid"]
+__all__ = ["BlockGrid", "BlockLayout"]
 
 _TINY = np.float32(np.finfo(np.float32).tiny)
 

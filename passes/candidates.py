@@ -46,10 +46,12 @@ def candidate_layers(
 def accurate_layers(
     layers: Sequence[Layer], measured: Mapping[str, float], min_sqnr: float, form: str, findings: Findings
 ) -> list[Layer]:
-    """Return the layers whose measured SQNR (dB by layer name) reaches `min_sqnr`, and record the others.
+    """Return the layers whose measured SQNR (dB by layer name) reaches `min_sqnr`, and record the others and
+    what was measured.
 
     `form` says for the reader what was measured, such as "static int8".
     """
+    findings.measured.update(measured)
     kept = []
     for layer in layers:
         found = measured.get(layer.name, float("inf"))

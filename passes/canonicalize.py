@@ -63,8 +63,9 @@ class CanonicalizePass(Pass):
         forget_names(model)
         _clean(model)
         counts: Counter[str] = Counter()
-        while _run_steps(model, counts):
+        while _run_steps(model, counts, missed := Findings()):
             _clean(model)  # what is dead reads too: it would hide that a layer has one reader
+        findings.missed.extend(missed.missed)  # of the last round: what was still in the way when none moved
         for what, count in counts.items():
             findings.apply("model", f"{what}: {count}")
         if orphans := inherit_missing(model):
@@ -110,11 +111,11 @@ def _lift_constants(model: ir.Model, findings: Findings) -> None:
         findings.apply("model", f"Constant nodes made initializers: {count}")
 
 
-def _run_steps(model: ir.Model, counts: Counter[str]) -> bool:
+def _run_steps(model: ir.Model, counts: Counter[str], missed: Findings) -> bool:
     """Run every step once, add up what it did, and return whether any did something."""
     before = counts.total()
     for step, what in _STEPS:
-        if count := step(model):
+        if count := step(model, missed):
             counts[what] += count
     return counts.total() > before
 
@@ -128,7 +129,7 @@ def _drop_overridable(model: ir.Model, findings: Findings) -> None:
         )
 
 
-def _drop_identities(model: ir.Model) -> int:
+def _drop_identities(model: ir.Model, _: Findings) -> int:
     """Remove Identity, and Dropout in inference, where the value stays in the same graph."""
     return sum(_drop_identity(node) for graph in model.graphs() for node in list(graph) if _is_identity(node))
 
@@ -186,7 +187,7 @@ def _is_turned_for_gemm(value: ir.Value) -> bool:
     return turned and any(use.node.op_type == "Gemm" for use in value.uses())
 
 
-def _infer_shapes(model: ir.Model) -> int:
+def _infer_shapes(model: ir.Model, _: Findings) -> int:
     infer_shapes(model)
     return 0
 
@@ -197,7 +198,7 @@ def _clean(model: ir.Model) -> None:
     common.RemoveUnusedOpsetsPass()(model)
 
 
-_STEPS: tuple[tuple[Callable[[ir.Model], int], str], ...] = (
+_STEPS: tuple[tuple[Callable[[ir.Model, Findings], int], str], ...] = (
     (_drop_identities, "identities dropped"),
     (_infer_shapes, "shapes inferred"),  # the norm's fold asks for ranks
     (fold_constants, "constant nodes folded"),

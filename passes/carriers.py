@@ -190,7 +190,7 @@ def carry_dynamic(layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], 
         names=[f"{base}_cast"],
         like=out,
     )
-    step = emit(layer.node, "Mul", [data_scale, scale], names=[f"{base}_step"], dtype=ir.DataType.FLOAT)
+    step = emit(layer.node, "Mul", [data_scale, scale], names=[f"{base}_step"], like=scale)
     result = emit(layer.node, "Mul", [real, step], names=[f"{base}_product"], like=out)
     if layer.bias is not None:
         result = emit(layer.node, "Add", [result, layer.bias], names=[f"{base}_biased"], like=out)

@@ -82,6 +82,8 @@ def multiply_input(group: ScaleGroup, scales: Array) -> ir.Value:
     value, factor = first.input, group.spread(first, scales)
     inverse = add_initializer(graph, f"{value.name}_inverse_scale", (1 / factor).astype(np.float32))
     inner = emit(first.node, "Mul", [value, inverse], names=[f"{value.name}_scaled_in"], like=value)
+    if inner.shape is not None:
+        inner.shape = ir.Shape([*inner.shape[:-1], factor.size])
     for layer in group.readers:
         weight = (layer.weight_array() * factor[:, None]).astype(np.float32)
         layer.node.replace_input_with(1, add_initializer(graph, f"{layer.weight.name}_folded", weight))

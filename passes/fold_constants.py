@@ -10,6 +10,8 @@ import logging
 import numpy as np
 import onnx_ir as ir
 
+from splitfold.passes.base import Findings
+from splitfold.passes.identity import display_layer
 from splitfold.passes.values import constant
 from splitfold.runtime.errors import SessionError
 from splitfold.runtime.session import Optimization, Session
@@ -29,19 +31,25 @@ _RANDOM = {
     "Dropout",
 }
 _QUANTIZED = {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear"}
+_PATTERN = "constant folded"
 _SMALL_BYTES = 64 * 1024
 """A folded result may be this large even where its inputs are smaller (ConstantOfShape, Expand, Range)."""
 
 
-def fold_constants(model: ir.Model) -> int:
+def fold_constants(model: ir.Model, findings: Findings | None = None) -> int:
     """Replace constant subexpressions of the main graph by initializers; return the number of nodes folded.
 
     Left alone: random operators, Q/DQ, operators with subgraphs, results that are graph outputs, results that
-    would be larger than both their inputs and 64 KiB, and what the runtime cannot compute.
+    would be larger than both their inputs and 64 KiB, and what the runtime cannot compute; these two are
+    recorded in `findings`.
     """
     nodes = _foldable(model.graph)
     results = _evaluate(model, nodes) if nodes else {}
-    accepted = {node for node in nodes if _worthwhile(node, results)}
+    obstacles = {node: _obstacle(node, results) for node in nodes}
+    accepted = {node for node, obstacle in obstacles.items() if obstacle is None}
+    for node, obstacle in obstacles.items():
+        if obstacle is not None and findings is not None:
+            findings.miss(display_layer(node), _PATTERN, f"{node.op_type}: {obstacle}")
     _replace(model.graph, accepted, results)
     return len(accepted)
 
@@ -122,13 +130,18 @@ def _part(graph: ir.Graph, nodes: list[ir.Node]) -> ir.Graph:
     )
 
 
-def _worthwhile(node: ir.Node, results: dict[str, np.ndarray]) -> bool:
+def _obstacle(node: ir.Node, results: dict[str, np.ndarray]) -> str | None:
+    """Return why a constant node stays, or None."""
     outputs = [results.get(output.name or "") for output in node.outputs if output.name]
+    if any(array is None for array in outputs):
+        return "the runtime cannot compute it by itself"
     if not all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" for array in outputs):
-        return False
+        return "its result is no tensor of numbers"
     made = sum(array.nbytes for array in outputs if array is not None)
     read = sum(tensor.nbytes for value in node.inputs if (tensor := constant(value)) is not None)
-    return made <= max(read, _SMALL_BYTES)
+    if made <= max(read, _SMALL_BYTES):
+        return None
+    return f"its result has {made} bytes, more than what it is made from: the file would grow"
 
 
 def _replace(graph: ir.Graph, accepted: set[ir.Node], results: dict[str, np.ndarray]) -> None:

@@ -21,7 +21,7 @@ from splitfold.passes.foldable import ScaleGroup, scale_groups
 from splitfold.passes.identity import inherit_missing
 from splitfold.passes.layers import Layer
 from splitfold.passes.repq import apply_repq, reparameterise, repq_obstacle
-from splitfold.passes.scale_trial import gains
+from splitfold.passes.scale_trial import try_scales
 from splitfold.passes.smoothquant import clipping_scales, smoothing_scales
 from splitfold.runtime.feeds import Array
 
@@ -92,6 +92,7 @@ class FoldScalesPass(LayerPass):
 
     name: ClassVar[str] = "fold-scales"
     contract: ClassVar[Contract] = Contract.EXACT
+    takes: ClassVar[str] = "MatMul and Gemm of the main graph with a constant float32 weight"
     method: ScaleMethod = ScaleMethod.SMOOTHQUANT
     explicit: bool = True
     alpha: float = 0.65
@@ -133,6 +134,8 @@ class FoldScalesPass(LayerPass):
             fold_group(model, group, scales)
             _mark(group, self.method)
             findings.apply(group.name, _carried(group))
+            if group.region is None:
+                findings.miss(group.name, "scales folded into what makes its input", group.obstacle)
         inherit_missing(model)
         return bool(chosen)
 
@@ -175,8 +178,11 @@ class FoldScalesPass(LayerPass):
             group: smoothing_scales(peak, group.weight_peaks(), self.alpha) for group, peak in peaks.items()
         }
         chosen = {}
-        measured = gains(model, scales, seen, calibration, context.target)
-        for group, gain in measured.items():
+        plain, scaled = try_scales(model, scales, seen, calibration, context.target)
+        for group in scales:
+            gain = min(scaled[layer.name] - plain[layer.name] for layer in group.layers)
+            kept = scaled if gain >= self.min_gain else plain
+            findings.measured |= {layer.name: kept[layer.name] for layer in group.layers}
             if gain >= self.min_gain:
                 chosen[group] = scales[group]
             else:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from splitfold.passes.block_grid import BlockGrid, BlockLayout
-from splitfold.passes.clip_search import mse_grid
 from splitfold.runtime.feeds import Array
 
 __all__ = ["Compensation", "compensated", "row_losses"]

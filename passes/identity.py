@@ -31,6 +31,8 @@ __all__ = [
 LAYERS_KEY = "splitfold.layers"
 _CALL_KEY = "splitfold.call"
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+_EXPORTER = "_empty_nn_module_stack"
+"""What torch.export writes where it lost the module."""
 _PATH_NAME = re.compile(r"^/(?P<path>.+)/(?P<op>[A-Za-z]+)(?P<suffix>_\d+)?$")
 _WEIGHTED = {"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"}
 
@@ -125,9 +127,8 @@ def _torch_scope(node: ir.Node) -> str:
         scopes = [str(scope) for scope in ast.literal_eval(text)]
     except (ValueError, SyntaxError):
         return ""
-    modules = [
-        scope for scope in scopes[:-1] if scope
-    ]  # the last entry is the operator's own name in the trace
+    # the last entry is the operator's own name in the trace
+    modules = [scope for scope in scopes[:-1] if scope and not scope.startswith(_EXPORTER)]
     return modules[-1] if modules else (scopes[-1] if scopes else "")
 
 

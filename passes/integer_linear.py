@@ -14,7 +14,7 @@ from splitfold.passes.carriers import Carried, QuantizedInput
 from splitfold.passes.layers import Layer
 from splitfold.passes.values import add_initializer, constant, emit, sole_consumer
 
-__all__ = ["carry_integer", "following_bias"]
+__all__ = ["carry_integer", "following_bias", "missed_bias"]
 
 
 def following_bias(layer: Layer) -> ir.Node | None:
@@ -26,6 +26,25 @@ def following_bias(layer: Layer) -> ir.Node | None:
     tensor = constant(_other(node, layer.output))
     fits = tensor is not None and tensor.shape.numpy() == (columns,) and tensor.dtype == ir.DataType.FLOAT
     return node if fits and node.graph is layer.node.graph else None
+
+
+def missed_bias(layer: Layer) -> str | None:
+    """Return why a bias is left as an Add of its own, or None where it is taken along or there is none."""
+    columns = layer.weight_array().shape[1]
+    if layer.bias is not None:
+        shape = layer.bias.shape
+        fits = shape is not None and shape.numpy() == (columns,)
+        return None if fits else f"its bias has shape {shape}, not [{columns}]"
+    readers = [use.node for use in layer.output.uses() if use.node.op_type == "Add" and not use.node.domain]
+    add = next((node for node in readers if constant(_other(node, layer.output)) is not None), None)
+    if add is None or following_bias(layer) is not None:
+        return None
+    if sole_consumer(layer.output) is None:
+        return "its output has other readers too, which want it without the bias"
+    tensor = constant(_other(add, layer.output))
+    if tensor is None or add.graph is not layer.node.graph:
+        return "the bias is added in another graph"
+    return f"what is added is {tensor.dtype.name} {list(tensor.shape.numpy())}, not FLOAT [{columns}]"
 
 
 def _other(add: ir.Node, value: ir.Value) -> ir.Value | None:

@@ -43,6 +43,7 @@ class LegalizePass(Pass):
 
     name: ClassVar[str] = "legalize"
     contract: ClassVar[Contract] = Contract.EXACT
+    takes: ClassVar[str] = "what the target cannot run, and a weight that is the transpose of another one"
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class.
@@ -57,7 +58,7 @@ class LegalizePass(Pass):
                 f"{target.opset}: export it with opset {target.opset}."
             )
         changed = False
-        if tied := tie_transposed(model):
+        if tied := tie_transposed(model, findings):
             findings.apply("model", f"weights stored once with their transpose: {tied}")
             changed = True
         for graph in model.graphs():

@@ -18,7 +18,7 @@ from splitfold.passes.identity import inherit_missing
 from splitfold.passes.spec import parse_pass, split_top_level
 from splitfold.passes.table import PASSES
 from splitfold.runtime.compare import Deviation
-from splitfold.runtime.errors import SplitfoldError
+from splitfold.runtime.errors import SessionError, SplitfoldError
 from splitfold.runtime.model_file import weight_bytes
 
 __all__ = ["Observer", "PassRecord", "Pipeline"]
@@ -40,6 +40,8 @@ class PassRecord:
         skipped: (layer, reason) of each candidate left as it was.
         notes: facts about the whole.
         carried: low-bit weight names by layer.
+        missed: (layer, pattern, reason) of each near miss.
+        measured: local SQNR in dB by layer, where the pass measured it.
         seconds: wall time; not part of the manifest, which must be the same for the same input.
         deviation: outputs after the pass against those before it, the worst output; None where it was not
             measured.
@@ -56,6 +58,8 @@ class PassRecord:
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     carried: dict[str, list[str]] = field(default_factory=dict)
+    missed: tuple[tuple[str, str, str], ...] = ()
+    measured: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     deviation: Deviation | None = None
 
@@ -116,8 +120,8 @@ class Pipeline:
         """Run all passes over `model`, in place, and return their records.
 
         Raises:
-            PassFailedError: a pass raised something unexpected, or broke its word; it names the passes that
-                ran before.
+            PassFailedError: a pass raised something unexpected, the runtime failed inside it, or it broke its
+                word; it names the passes that ran before.
             SplitfoldError: an expected error of a pass, as it is.
         """
         records: list[PassRecord] = []
@@ -142,6 +146,8 @@ def _run_one(step: Pass, model: ir.Model, context: Context, before: tuple[str, .
     nodes, size, start = _count(model), weight_bytes(model), time.perf_counter()
     try:
         outcome = step.run(model, context)
+    except SessionError as error:
+        raise PassFailedError(str(error), failed=str(step), before=before) from error
     except SplitfoldError:
         raise
     except Exception as error:
@@ -161,6 +167,8 @@ def _run_one(step: Pass, model: ir.Model, context: Context, before: tuple[str, .
         skipped=tuple(findings.skipped),
         notes=tuple(findings.notes),
         carried=dict(findings.carried),
+        missed=tuple(findings.missed),
+        measured=dict(findings.measured),
         seconds=time.perf_counter() - start,
     )
 

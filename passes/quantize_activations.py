@@ -61,6 +61,7 @@ class QuantizeActivationsPass(LayerPass):
 
     name: ClassVar[str] = "quantize-activations"
     contract: ClassVar[Contract] = Contract.LOSSY
+    takes: ClassVar[str] = "MatMul, Gemm and Conv with a constant weight"
     calibrator: Calibrator = Calibrator.MINMAX
     percentile: float = 99.999
     symmetric: bool = False

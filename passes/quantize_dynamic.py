@@ -49,6 +49,7 @@ class QuantizeDynamicPass(LayerPass):
 
     name: ClassVar[str] = "quantize-dynamic"
     contract: ClassVar[Contract] = Contract.LOSSY
+    takes: ClassVar[str] = "MatMul and Gemm with a constant weight"
     weight_bits: int = 8
     min_sqnr: float = 0.0
 

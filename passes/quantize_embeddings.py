@@ -40,6 +40,7 @@ class QuantizeEmbeddingsPass(LayerPass):
 
     name: ClassVar[str] = "quantize-embeddings"
     contract: ClassVar[Contract] = Contract.LOSSY
+    takes: ClassVar[str] = "constant tables that a Gather reads row by row"
     bits: int = 8
     block: int = 32
     min_bytes: int = 65536
@@ -105,6 +106,8 @@ def _rows(layer: Layer) -> tuple[ir.Value, str]:
     scale = emit(
         layer.node, "Gather", [steps, layer.input], names=[f"{base}_row_scale"], dtype=ir.DataType.FLOAT
     )
+    if layer.input.shape is not None:
+        scale.shape = ir.Shape([*layer.input.shape, 1])
     real = emit(
         layer.node,
         "Cast",

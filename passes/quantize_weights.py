@@ -61,6 +61,7 @@ class QuantizeWeightsPass(LayerPass):
 
     name: ClassVar[str] = "quantize-weights"
     contract: ClassVar[Contract] = Contract.LOSSY
+    takes: ClassVar[str] = "MatMul and Gemm with a constant weight"
     bits: int = 4
     block: int = 32
     symmetric: bool = False

@@ -9,14 +9,14 @@ edge into that layer alone: a residual Add that read the quantized value would c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
 from splitfold.passes.layers import Layer
 from splitfold.passes.values import constant, sole_consumer
 
-__all__ = ["moved_into_subgraph", "output_point", "region_values"]
+__all__ = ["missed_points", "moved_into_subgraph", "output_point", "region_values"]
 
 _COMPUTING = {"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat"}
 """Operators with integer kernels that give their output a grid of its own."""
@@ -142,3 +142,70 @@ def _without_unwanted(
         if any(node in anchors or _point(node) in kept for node in readers):
             kept[value] = region[value]
     return kept
+
+
+def missed_points(
+    nodes: Iterable[ir.Node],
+    convolutions: Iterable[Layer],
+    anchors: Collection[ir.Node],
+    region: Mapping[ir.Value, ir.Value],
+) -> Iterator[tuple[ir.Node, str]]:
+    """Yield (node, reason) of each operator that reads a value of `region` and has an integer kernel, and yet
+    computes in float, and of each activation that a convolution's grid does not absorb.
+
+    Args:
+        nodes: of the main graph.
+        convolutions: the layers around which the regions are.
+        anchors: nodes of all layers that read quantized inputs.
+        region: what `region_values` returned.
+    """
+    for layer in convolutions:
+        yield from _unabsorbed(layer)
+    for node in nodes:
+        point = _point(node)
+        if (
+            point is not None
+            and point not in region
+            and any(value in region for value in node.inputs if value)
+        ):
+            yield node, _miss(node, point, region, anchors)
+
+
+def _unabsorbed(layer: Layer) -> Iterator[tuple[ir.Node, str]]:
+    if output_point(layer) is not layer.output:
+        return
+    for node in (use.node for use in layer.output.uses()):
+        if _absorbed(node):
+            yield (
+                node,
+                f"the output of the {layer.kind.value} has other readers too, which want it without it",
+            )
+        elif node.op_type == "Clip":
+            yield node, "its lower bound is not zero, so that the grid does not imply it"
+
+
+def _miss(
+    node: ir.Node, point: ir.Value, region: Mapping[ir.Value, ir.Value], anchors: Collection[ir.Node]
+) -> str:
+    outside = [value.name for value in node.inputs if value is not None and value not in region]
+    if moved_into_subgraph(point):
+        return "a subgraph reads its output through a Reshape or the like, which crashes the runtime in int8"
+    if outside and not _moves(node):
+        return f"its operand '{outside[0]}' is not quantized"
+    if not _leads_on(point, anchors):
+        return "no integer layer reads its result: it would be rounded for nothing"
+    return f"calibration found no 8-bit grid for '{point.name}'"
+
+
+def _leads_on(value: ir.Value, anchors: Collection[ir.Node]) -> bool:
+    """Whether a layer with a quantized input reads `value`, at once or through what has integer kernels."""
+    layers, pending, seen = set(anchors), [value], {value}
+    while pending:
+        for node in [use.node for use in pending.pop().uses()]:
+            if node in layers:
+                return True
+            point = _point(node)
+            if point is not None and point not in seen:
+                seen.add(point)
+                pending.append(point)
+    return False

@@ -19,19 +19,20 @@ from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.feeds import Array
 from splitfold.runtime.target import Target
 
-__all__ = ["gains"]
+__all__ = ["try_scales"]
 
 _LEVELS = 127
 
 
-def gains(
+def try_scales(
     model: ir.Model,
     scales: Mapping[ScaleGroup, Array],
     seen: Mapping[str, tuple[Array, Array]],
     calibration: Calibration,
     target: Target,
-) -> dict[ScaleGroup, float]:
-    """Return, for each linear group, the least gain in dB of its layers' static int8 outputs.
+) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Return the SQNR in dB of the static int8 output of each layer of linear groups, by name: without the
+    scales, and with them.
 
     Args:
         model: float model, not changed.
@@ -47,7 +48,7 @@ def gains(
     }
     plain = _trial(model, factors, {}, seen, calibration, target)
     scaled = _trial(model, factors, factors, seen, calibration, target)
-    return {group: min(scaled[layer.name] - plain[layer.name] for layer in group.layers) for group in scales}
+    return plain, scaled
 
 
 def _trial(

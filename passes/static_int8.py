@@ -12,11 +12,12 @@ import onnx_ir as ir
 from splitfold.passes.affine import ActivationGrid
 from splitfold.passes.base import Findings
 from splitfold.passes.carriers import Carried, QuantizedInput, carry_static, fake_quantize
-from splitfold.passes.integer_linear import carry_integer, following_bias
+from splitfold.passes.identity import display_layer
+from splitfold.passes.integer_linear import carry_integer, following_bias, missed_bias
 from splitfold.passes.keep_float import keep_float_convolutions
 from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.provenance import stand_in
-from splitfold.passes.regions import region_values
+from splitfold.passes.regions import missed_points, region_values
 from splitfold.passes.values import drop_unused, replace_value
 
 __all__ = ["StaticForm", "quantize_statically", "trial_carrier"]
@@ -55,12 +56,16 @@ def quantize_statically(
     convolutions = [layer for layer in layers if layer.kind is LayerKind.CONV]
     nodes = [layer.node for layer in layers]
     region = region_values(model.graph, convolutions, nodes, lambda value: (value.name or "") in grids)
+    for outside, reason in missed_points(model.graph, convolutions, nodes, region):
+        findings.miss(display_layer(outside), "integer region", reason)
     order = {node: position for position, node in enumerate(model.graph)}
     inputs = {value: _quantize_for_all(value, grids[source.name or ""]) for value, source in region.items()}
     for layer in layers:
         if layer.input not in inputs:
             inputs[layer.input] = _quantize_edge(layer.input, grids[layer.input.name or ""], nodes, order)
     for layer in layers:
+        if form is StaticForm.INTEGER and layer.is_linear and (obstacle := missed_bias(layer)) is not None:
+            findings.miss(layer.name, "bias taken along by the integer kernel", obstacle)
         weight = _replace(layer, inputs[layer.input], levels, form)
         findings.apply(layer.name, f"{layer.kind.value} static int8", weight=weight)
     if kept := keep_float_convolutions(model.graph):

@@ -7,22 +7,43 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from splitfold.passes.base import Findings
+from splitfold.passes.identity import display_layer
 from splitfold.passes.values import add_initializer, constant, float_attribute, int_attribute
 from splitfold.runtime.feeds import Array
 
 __all__ = ["turn_gemms"]
 
+_PATTERN = "Gemm turned to [K, N]"
 
-def turn_gemms(model: ir.Model) -> int:
-    """Fold transB, alpha and beta into constant operands; return how many Gemms changed. A shared weight is
-    turned once."""
+
+def turn_gemms(model: ir.Model, findings: Findings | None = None) -> int:
+    """Fold transB, alpha and beta into constant operands; return how many Gemms changed, and record in
+    `findings` what keeps others from it. A shared weight is turned once."""
     turned: dict[tuple[ir.Value, bool, float], ir.Value] = {}
-    return sum(
-        _turn(node, turned)
-        for graph in model.graphs()
-        for node in graph
-        if node.op_type == "Gemm" and node.domain == ""
-    )
+    nodes = [node for graph in model.graphs() for node in graph]
+    gemms = [node for node in nodes if (node.domain, node.op_type) == ("", "Gemm")]
+    count = sum(_turn(node, turned) for node in gemms)
+    if findings is not None:
+        for node in gemms:
+            if (obstacle := _obstacle(node)) is not None:
+                findings.miss(display_layer(node), _PATTERN, obstacle)
+    return count
+
+
+def _obstacle(node: ir.Node) -> str | None:
+    """Return why the Gemm is still turned or scaled, or None where it is not."""
+    if int_attribute(node, "transA", 0):
+        return "its input is transposed (transA), which no constant can take up"
+    beta = float_attribute(node, "beta", 1.0) != 1.0
+    if not (int_attribute(node, "transB", 0) or float_attribute(node, "alpha", 1.0) != 1.0 or beta):
+        return None
+    tensor = constant(node.inputs[1])
+    if tensor is None:
+        return "its weight is computed, not constant"
+    if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        return f"its weight is {tensor.dtype.name}, not float32 or float64"
+    return "its bias is scaled (beta) and computed, not constant"
 
 
 def _turn(node: ir.Node, turned: dict[tuple[ir.Value, bool, float], ir.Value]) -> bool:

@@ -34,6 +34,7 @@ class UnfuseNormsPass(LayerPass):
 
     name: ClassVar[str] = "unfuse-norms"
     contract: ClassVar[Contract] = Contract.EXACT
+    takes: ClassVar[str] = "LayerNormalization right after an Add"
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""

@@ -148,7 +148,8 @@ def emit(
         raise ValueError(f"{before.name} is in no graph")
     kept = {name: value for name, value in (attributes or {}).items() if value is not None}
     outputs = [ir.Value(name=_free_name(graph, name)) for name in names] or [ir.Value()]
-    node = ir.node(op_type, list(inputs), kept, domain=domain, outputs=outputs)  # type: ignore[arg-type]
+    title = f"node_{outputs[0].name}" if names else None  # a counted name would depend on what ran before
+    node = ir.node(op_type, list(inputs), kept, domain=domain, outputs=outputs, name=title)  # type: ignore[arg-type]
     if like is not None:
         node.outputs[0].shape = like.shape
         node.outputs[0].type = like.type

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from splitfold.runtime.feeds import Feeds
 
-__all__ = ["content_digest", "feeds_digest", "structure_digest"]
+__all__ = ["content_digest", "feeds_digest", "structure_digest", "tensor_digest"]
 
 
 def structure_digest(model: ir.Model) -> str:
@@ -26,7 +26,7 @@ def structure_digest(model: ir.Model) -> str:
 def content_digest(model: ir.Model) -> str:
     """Return a digest over operators, names, edges, attributes, types and the bytes of all tensors; metadata
     does not count."""
-    return _digest(_parts(model, _tensor_digest, metadata=False))
+    return _digest(_parts(model, tensor_digest, metadata=False))
 
 
 def feeds_digest(feeds: Feeds) -> str:
@@ -50,7 +50,8 @@ def _digest(parts: Iterator[str]) -> str:
     return digest.hexdigest()
 
 
-def _tensor_digest(tensor: ir.TensorProtocol | None) -> str:
+def tensor_digest(tensor: ir.TensorProtocol | None) -> str:
+    """Return a text that tells a tensor from any other: dtype, shape and a digest of its bytes."""
     if tensor is None:
         return "none"
     if tensor.dtype == ir.DataType.STRING:
@@ -97,4 +98,13 @@ def _attribute_text(attribute: ir.Attr, tensor_text: TensorText) -> str:
         return tensor_text(attribute.as_tensor())
     if attribute.type is ir.AttributeType.TENSORS:
         return ";".join(tensor_text(tensor) for tensor in attribute.as_tensors())
+    if attribute.type is ir.AttributeType.FLOAT:
+        return repr(_stored(attribute.as_float()))
+    if attribute.type is ir.AttributeType.FLOATS:
+        return repr(tuple(_stored(value) for value in attribute.as_floats()))
     return repr(attribute.value)
+
+
+def _stored(value: float) -> float:
+    """Return the float32 that a file holds, which a model that was never in one need not."""
+    return float(np.float32(value))

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from splitfold.runtime.errors import ArtifactError
@@ -24,6 +25,7 @@ __all__ = [
     "new_folder",
     "read_model",
     "scratch_folder",
+    "self_contained",
     "weight_bytes",
     "write_model",
 ]
@@ -48,7 +50,7 @@ def model_path(place: str | Path) -> Path:
 
 
 def read_model(path: Path) -> ir.Model:
-    """Read an ``.onnx`` file; external weights stay on disk (memory mapped) until they are used.
+    """Read an ``.onnx`` file; external weights are memory mapped: they stay on disk until they are used.
 
     Raises:
         ArtifactError: no such file, not an ONNX model, truncated, or external data missing or too short.
@@ -72,25 +74,64 @@ def read_model(path: Path) -> ir.Model:
     if not model.opset_imports and model.ir_version >= 3:
         raise ArtifactError(f"{path} names no opset: it is not an ONNX model, or it is truncated.")
     _check_external(model, path)
+    if weight_bytes(model) <= _EXTERNAL_ABOVE:
+        _embed(model)
     return model
 
 
+def self_contained(model: ir.Model) -> ir.Model:
+    """Return `model`, or where weights of it stand in other files a copy that holds views of them: it can be
+    serialized without those files."""
+    if not any(isinstance(value.const_value, ir.ExternalTensor) for value in _initializers(model)):
+        return model
+    copy = model.clone()
+    _embed(copy)
+    return copy
+
+
+def _embed(model: ir.Model) -> None:
+    files: dict[str, np.ndarray] = {}
+    for value in _initializers(model):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _view(value.const_value, files)
+
+
+def _view(tensor: ir.ExternalTensor, files: dict[str, np.ndarray]) -> ir.TensorProtocol:
+    """Return a tensor over the bytes of the mapped file; all tensors of one file share one mapping."""
+    if not tensor.nbytes:
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    if tensor.path not in files:
+        files[tensor.path] = np.memmap(tensor.path, np.uint8, "r")
+    start, shape = tensor.offset or 0, ir.Shape(tensor.shape.numpy())
+    held = np.asarray(files[tensor.path][start : start + tensor.nbytes])
+    if tensor.dtype.bitwidth < 8:
+        return ir.PackedTensor(held, tensor.dtype, shape=shape, name=tensor.name)
+    array = held.view(tensor.dtype.numpy()).reshape(shape.numpy())
+    return ir.Tensor(array, dtype=tensor.dtype, shape=shape, name=tensor.name)
+
+
+def _initializers(model: ir.Model) -> list[ir.Value]:
+    return [value for graph in model.graphs() for value in graph.initializers.values()]
+
+
 def _check_external(model: ir.Model, path: Path) -> None:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            data = Path(tensor.path)
-            if not data.is_file():
-                raise ArtifactError(
-                    f"{path}: external data of '{value.name}' is missing: {data} does not exist."
-                )
-            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-            if data.stat().st_size < end:
-                raise ArtifactError(
-                    f"{path}: external data of '{value.name}' is truncated: {data} ends before byte {end}."
-                )
+    for value in _initializers(model):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        data = Path(tensor.path)
+        if not data.resolve().is_relative_to(path.parent.resolve()):
+            raise ArtifactError(
+                f"{path}: external data of '{value.name}' lies outside the model's folder, in {data}: ONNX "
+                "allows none; copy it beside the model."
+            )
+        if not data.is_file():
+            raise ArtifactError(f"{path}: external data of '{value.name}' is missing: {data} does not exist.")
+        end = (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes)
+        if data.stat().st_size < end:
+            raise ArtifactError(
+                f"{path}: external data of '{value.name}' is truncated: {data} ends before byte {end}."
+            )
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -113,8 +154,9 @@ def write_model(model: ir.Model, folder: Path, name: str = MODEL_FILE) -> list[P
     external = f"{name}.data" if weight_bytes(model) > _EXTERNAL_ABOVE else None
     if external is not None:
         files.append(folder / external)
+    whole = model if external is not None else self_contained(model)
     try:
-        ir.save(model, files[0], external_data=external)
+        ir.save(whole, files[0], external_data=external)
     except OSError as error:
         for file in files:
             file.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from splitfold.runtime.errors import SessionError
 from splitfold.runtime.feeds import Array, Feeds
-from splitfold.runtime.model_file import read_model, weight_bytes, write_model
+from splitfold.runtime.model_file import read_model, self_contained, weight_bytes, write_model
 from splitfold.runtime.target import Target
 
 __all__ = ["Optimization", "Session", "optimized_graph", "runtime_version"]
@@ -46,6 +46,7 @@ class Session:
         optimization: how far the runtime may rewrite the graph.
         taps: names of internal values that `run` will be asked for; naming them here saves opening the model
             again.
+        profile: folder into which the runtime's own profiler writes; see `end_profiling`.
 
     Raises:
         SessionError: the runtime refuses the model.
@@ -59,9 +60,14 @@ class Session:
         threads: int = 0,
         optimization: Optimization = Optimization.ALL,
         taps: Sequence[str] = (),
+        profile: Path | None = None,
     ) -> None:
         self._target = target or Target.cpu()
         self._options = _options(threads, optimization)
+        if profile is not None:
+            self._options.enable_profiling = True
+            self._options.profile_file_prefix = str(profile / "events")
+            self._optimized = _keep_optimized(self._options, profile)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._model = model
         self._session = self._open(_with_taps(model, taps) if taps else model)
@@ -83,7 +89,7 @@ class Session:
         if isinstance(model, str | Path):
             return str(model)
         if weight_bytes(model) < _IN_MEMORY_BELOW:
-            return bytes(ir.to_proto(model).SerializeToString())
+            return bytes(ir.to_proto(self_contained(model)).SerializeToString())
         self._scratch = tempfile.TemporaryDirectory(prefix="splitfold-session-")
         return str(write_model(model.clone(), Path(self._scratch.name))[0])
 
@@ -105,6 +111,12 @@ class Session:
             raise SessionError(f"ONNX Runtime {ort.__version__} failed: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
+    def end_profiling(self) -> tuple[Path, ir.Model]:
+        """Stop the profiler of a session that was opened with one; return the JSON file of its events, and
+        the graph that was executed, without its weights' bytes: names that the runtime makes up differ from
+        session to session."""
+        return Path(self._session.end_profiling()), ir.load(self._optimized)
+
 
 def _options(threads: int, optimization: Optimization) -> ort.SessionOptions:
     options = ort.SessionOptions()
@@ -113,6 +125,16 @@ def _options(threads: int, optimization: Optimization) -> ort.SessionOptions:
     if optimization is Optimization.OFF:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
+
+
+def _keep_optimized(options: ort.SessionOptions, folder: Path) -> Path:
+    """Let the session write the graph that it executes into `folder`, and return its path."""
+    written = folder / "optimized.onnx"
+    options.optimized_model_filepath = str(written)
+    prefix = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{prefix}_file_name", "weights.bin")
+    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
+    return written
 
 
 def _added(model: ir.Model | str | Path, taps: Sequence[str]) -> int:
@@ -142,15 +164,8 @@ def optimized_graph(model: ir.Model | Path, target: Target) -> ir.Model:
         SessionError: the runtime refuses the model.
     """
     with tempfile.TemporaryDirectory(prefix="splitfold-optimized-") as folder:
-        written = Path(folder) / "optimized.onnx"
         options = _options(0, Optimization.ALL)
-        options.optimized_model_filepath = str(written)
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", "weights.bin"
-        )
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
-        )
+        written = _keep_optimized(options, Path(folder))
         source = model
         if isinstance(model, ir.Model):
             source = write_model(model.clone(), Path(folder), "source.onnx")[0]

@@ -12,11 +12,21 @@ from command_line import Run
 from small import mlp, npz, samples, saved
 from typer.testing import CliRunner, Result
 
+from splitfold.compiler import compile
 from splitfold.compiler.cli.app import app
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite the after sides of the pass pages")
+
+
+@pytest.fixture(autouse=True)
+def reproducers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where failing compilations write their reproducers: nothing is left in the folder for all."""
+    folder = tmp_path_factory.getbasetemp() / "reproducers"
+    monkeypatch.setattr("splitfold.compiler.debug.reproduce.reproducer.REPRODUCERS", folder)
+    monkeypatch.setitem(compile.__kwdefaults__, "reproducers", folder)
+    return folder
 
 
 @pytest.fixture

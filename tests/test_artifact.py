@@ -23,6 +23,7 @@ from splitfold.runtime import model_file
 from splitfold.runtime.artifact import MANIFEST_FILE, read_manifest
 from splitfold.runtime.digest import content_digest
 from splitfold.runtime.errors import ArtifactError
+from splitfold.runtime.model_file import read_model
 from splitfold.runtime.session import Session
 
 PIPELINES = [
@@ -179,6 +180,32 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path, model: Path) -> None:
         file.write(b"\x01")
     with pytest.raises(ArtifactError, match=r"model\.onnx\.data is not the file that was verified"):
         Artifact.load(folder)
+
+
+def test_weights_beside_the_original_come_along(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "split").mkdir()
+    apart = tmp_path / "split" / "model.onnx"
+    ir.save(ir.load(model), apart, external_data="weights.bin", size_threshold_bytes=0)
+    whole, split = (compile(path, pipeline=PIPELINES[1]) for path in (model, apart))
+    assert content_digest(split.model) == content_digest(whole.model)
+    folder = split.save(tmp_path / "out")
+    (tmp_path / "split" / "weights.bin").unlink()
+    assert _tree(folder) == _tree(whole.save(tmp_path / "out2"))
+
+
+def test_packed_codes_beside_a_model_are_read(tmp_path: Path) -> None:
+    codes = ir.tensor(np.arange(-3, 4, dtype=np.int8), dtype=ir.DataType.INT4, name="codes")
+    held = ir.Value(name="codes", type=ir.TensorType(codes.dtype), shape=codes.shape, const_value=codes)
+    made = ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=codes.shape)
+    node = ir.node("Cast", [held], {"to": ir.DataType.FLOAT.value}, outputs=[made])
+    graph = ir.Graph([], [made], nodes=[node], initializers=[held], opset_imports={"": 21})
+    ir.save(
+        ir.Model(graph, ir_version=10),
+        tmp_path / "m.onnx",
+        external_data="weights.bin",
+        size_threshold_bytes=0,
+    )
+    assert Session(read_model(tmp_path / "m.onnx")).run({})["y"].tolist() == [-3, -2, -1, 0, 1, 2, 3]
 
 
 # --- replay ---

@@ -82,6 +82,15 @@ def test_truncated_external_data(tmp_path: Path) -> None:
         compile(path, pipeline="canonicalize")
 
 
+def test_external_data_outside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    path, data = _external(tmp_path / "inside")
+    data.rename(tmp_path / data.name)
+    data.symlink_to(tmp_path / data.name)
+    with pytest.raises(ArtifactError, match=r"external data of 'w1' lies outside the model's folder, in .*"):
+        compile(path, pipeline="canonicalize")
+
+
 # --- the model ---
 
 

@@ -19,7 +19,7 @@ from splitfold.compiler.presets import PRESETS
 from splitfold.runtime.artifact import read_manifest
 from splitfold.runtime.target import Target
 
-COMMANDS = ("compile", "opt", "passes", "inspect", "compare", "bench", "replay", "demo")
+COMMANDS = ("compile", "opt", "passes", "inspect", "compare", "diff", "bench", "replay", "demo")
 
 
 def test_as_a_module_and_as_a_program(tmp_path: Path) -> None:

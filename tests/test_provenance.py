@@ -29,7 +29,8 @@ norm (float[batch, 5, 8] x) => (float[batch, 5, 8] y)
 
 CONV = """<ir_version: 9, opset_import: ["" : 20]>
 conv (float[batch, 2, 6, 6] x) => (float[batch, 2, 4, 4] y)
-<float[2, 2, 3, 3] W = seeded, float[2] g = {2, 3}, float[2] b = {1, 1}, float[2] m = {0.5, 0.5}, float[2] v = {1, 4}>
+<float[2, 2, 3, 3] W = seeded, float[2] g = {2, 3}, float[2] b = {1, 1},
+ float[2] m = {0.5, 0.5}, float[2] v = {1, 4}>
 { c = Conv (x, W)
   n = BatchNormalization (c, g, b, m, v)
   y = Relu (n) }"""

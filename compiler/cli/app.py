@@ -8,15 +8,22 @@ from typing import Annotated
 import typer
 
 from splitfold.compiler.cli.bench_command import bench_command
+from splitfold.compiler.cli.bisect_command import bisect_command
 from splitfold.compiler.cli.compare_command import compare_command
 from splitfold.compiler.cli.compile_command import compile_command
 from splitfold.compiler.cli.demo_command import demo_command
+from splitfold.compiler.cli.diff_command import diff_command
+from splitfold.compiler.cli.drift_command import drift_command
+from splitfold.compiler.cli.explain_command import explain_command
 from splitfold.compiler.cli.group import Commands
 from splitfold.compiler.cli.inspect_command import inspect_command
 from splitfold.compiler.cli.opt_command import opt_command
 from splitfold.compiler.cli.output import out
 from splitfold.compiler.cli.passes_command import passes_command
+from splitfold.compiler.cli.profile_command import profile_command
 from splitfold.compiler.cli.replay_command import replay_command
+from splitfold.compiler.cli.report_command import report_command
+from splitfold.compiler.cli.reproduce_command import reproduce_command
 from splitfold.compiler.manifest import installed_version
 
 __all__ = ["app"]
@@ -61,6 +68,13 @@ app.command("opt")(opt_command)
 app.command("passes")(passes_command)
 app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
+app.command("diff")(diff_command)
+app.command("drift")(drift_command)
+app.command("explain")(explain_command)
 app.command("bench")(bench_command)
+app.command("profile")(profile_command)
 app.command("replay")(replay_command)
+app.command("report")(report_command)
+app.command("bisect")(bisect_command)
+app.command("reproduce")(reproduce_command)
 app.command("demo")(demo_command)

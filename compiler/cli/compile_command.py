@@ -15,6 +15,7 @@ from splitfold.compiler.cli.options import (
     PipelineOption,
     PresetOption,
     RecipeOption,
+    SnapshotsOption,
     TargetOption,
     ToleranceOption,
     UnrealisedOption,
@@ -24,9 +25,16 @@ from splitfold.compiler.cli.options import (
     parse_tolerance,
     parse_unrealised,
     read_inputs,
+    snapshots_in,
 )
 from splitfold.compiler.cli.output import errors, file_bytes, megabytes, say
-from splitfold.compiler.cli.report import print_report
+from splitfold.compiler.cli.report import print_report, say_snapshots
+from splitfold.compiler.cli.reproducer_options import (
+    NoReproducerOption,
+    ReproducersOption,
+    reproducers_in,
+)
+from splitfold.compiler.debug.report import REPORT_FILE, check_report
 from splitfold.compiler.driver import compile
 from splitfold.compiler.locate import Located, locate_data, locate_model
 from splitfold.compiler.progress import Progress
@@ -49,7 +57,16 @@ def compile_command(
     target: TargetOption = "cpu",
     tolerance: ToleranceOption = None,
     unrealised: UnrealisedOption = "float",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
+    snapshots: SnapshotsOption = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace what is in the output folder, and earlier snapshots."),
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write DIR/report.html: what was done, layer by layer.")
+    ] = False,
+    reproducers: ReproducersOption = None,
+    no_reproducer: NoReproducerOption = False,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -68,7 +85,11 @@ def compile_command(
     """
     steps = choose_pipeline(preset, pipeline, recipe)
     place, limits, choice = parse_target(target), parse_tolerance(tolerance), parse_unrealised(unrealised)
+    failures = reproducers_in(reproducers, no_reproducer)
     check_folder(output, overwrite=overwrite)
+    if report:
+        check_report()
+    taken = snapshots_in(snapshots, model=model, output=output, overwrite=overwrite)
     source = locate_model(model)
     feeds = read_inputs(inputs)
     with Progress(errors()) as progress:
@@ -80,12 +101,16 @@ def compile_command(
             calibration=None if calibration is None else progress.watch(locate_data(calibration)),
             tolerance=limits,
             dynamic_shapes=source.dynamic_shapes,
-            observers=[progress],
+            observers=[progress, *taken],
             unrealised=choice,
+            reproducers=failures,
         )
     print_report(artifact, verbose=verbose)
     artifact.save(output, overwrite=overwrite)
     _print_sizes(artifact, source, output)
+    if report:
+        say("report", artifact.write_report(output / REPORT_FILE))
+    say_snapshots(taken)
 
 
 def _print_sizes(artifact: Artifact, source: Located, output: Path) -> None:

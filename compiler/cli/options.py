@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 
 from splitfold.compiler.cli.group import DEBUG, usage
 from splitfold.compiler.cli.output import errors
+from splitfold.compiler.debug.snapshots import Snapshots
 from splitfold.compiler.presets import PRESETS, preset
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.recipe import read_recipe
@@ -31,6 +32,7 @@ __all__ = [
     "PipelineOption",
     "PresetOption",
     "RecipeOption",
+    "SnapshotsOption",
     "TargetOption",
     "ToleranceOption",
     "UnrealisedOption",
@@ -41,6 +43,7 @@ __all__ = [
     "parse_tolerance",
     "parse_unrealised",
     "read_inputs",
+    "snapshots_in",
 ]
 
 
@@ -99,6 +102,15 @@ InputsOption = Annotated[
         help="Example inputs, one array by input name: outputs are compared on them.",
     ),
 ]
+SnapshotsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--snapshots",
+        metavar="DIR",
+        help="Write the model before the first pass and after each one to DIR: .onnx, text, and the pass's "
+        "record as JSON.",
+    ),
+]
 TargetOption = Annotated[
     str, typer.Option("--target", metavar="NAME", help="Where the artifact is to run: cpu.")
 ]
@@ -143,6 +155,29 @@ def choose_pipeline(preset_name: str | None, text: str | None, recipe: Path | No
             return read_recipe(recipe)
     with usage("--preset"):
         return preset(preset_name or "int8")
+
+
+def snapshots_in(
+    folder: Path | None, *, model: str | Path, output: Path, overwrite: bool
+) -> tuple[Snapshots, ...]:
+    """Return the observer of ``--snapshots``, or none.
+
+    Raises:
+        typer.BadParameter: the snapshots would take the place of `model`, or `output` that of the snapshots.
+        ArtifactError: the folder is not empty and `overwrite` is false.
+    """
+    if folder is None:
+        return ()
+    if folder.resolve().is_relative_to(output.resolve()):
+        raise typer.BadParameter(
+            f"{folder} lies in the output: choose another folder.", param_hint="--snapshots"
+        )
+    if Path(model).resolve().is_relative_to(folder.resolve()):
+        raise typer.BadParameter(
+            f"the model lies in {folder}, and its snapshots would replace it: choose another folder.",
+            param_hint="--snapshots",
+        )
+    return (Snapshots(folder, overwrite=overwrite),)
 
 
 def parse_tolerance(text: str | None) -> Tolerance | None:

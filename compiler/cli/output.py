@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import onnx_ir as ir
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -62,9 +63,15 @@ def megabytes(size: float) -> str:
 
 
 def file_bytes(file: Path) -> int:
-    """Return the bytes of an ``.onnx`` file and of weights beside it; 0 where there is none."""
-    parts = (file, file.with_name(f"{file.name}.data"), file.with_name(f"{file.name}_data"))
-    return sum(part.stat().st_size for part in parts if part.is_file())
+    """Return the bytes of a file, with an ``.onnx`` those of its weights in other files; 0 where there is
+    none."""
+    if not file.is_file():
+        return 0
+    if file.suffix != ".onnx":
+        return file.stat().st_size
+    tensors = [v.const_value for graph in ir.load(file).graphs() for v in graph.initializers.values()]
+    apart = {(t.path, t.offset): t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return file.stat().st_size + sum(apart.values())
 
 
 def deviation_text(found: Deviation | None) -> str:

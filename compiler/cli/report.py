@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splitfold.compiler.cli.output import deviation_text, megabytes, out, say, table
+from splitfold.compiler.debug.snapshots import Snapshots
 from splitfold.passes.base import Contract
 from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.artifact import Artifact
 
-__all__ = ["print_deviation", "print_kernels", "print_passes", "print_report", "print_skipped"]
+__all__ = [
+    "print_deviation",
+    "print_kernels",
+    "print_passes",
+    "print_report",
+    "print_skipped",
+    "say_snapshots",
+]
 
 _NAMES_SHOWN = 4
 
@@ -115,6 +123,12 @@ def print_deviation(manifest: Mapping[str, Any]) -> None:
     where = "on synthetic inputs" if manifest.get("feeds_synthetic") else "on the example inputs"
     out().print(f"\nthe result as deployed against the reference, {where}")
     table(("output", "cosine#", "SQNR dB#", "max abs#", "relative#", "top-1#"), rows)
+
+
+def say_snapshots(taken: Sequence[Snapshots]) -> None:
+    """Print where the snapshots are."""
+    for snapshots in taken:
+        say("snapshots", f"{len(snapshots.models)} models in {snapshots.models[0].parent}")
 
 
 def _number(value: float | str | None) -> str:

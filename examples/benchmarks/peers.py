@@ -71,3 +71,10 @@ def ort_static(
         )
     prepared.unlink()
     return result
+
+
+def ort_static_default(model: Path, result: Path, feeds: Sequence[Feeds]) -> Path:
+    """`quantize_static` as it comes: no option, no `quant_pre_process`."""
+    with _quiet():
+        quantize_static(str(model), str(result), Reader(feeds))
+    return result

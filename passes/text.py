@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compact text of a model on the after side of a pass page: made to be read and compared, never parsed.
+"""The compact text of a model and of a pass record: made to be read and compared, never parsed.
 
 One line a node: outputs with their types, operator, attributes, inputs, and after ``@`` the layers it comes
 from. Weights are dtype and shape; shapes and the like (int64, bool) of up to four elements are shown by
-value. What was measured is not: it differs between machines.
+value.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
 from splitfold.passes.identity import layers_of
 from splitfold.passes.pipeline import PassRecord
 
-__all__ = ["render_model", "render_record"]
+__all__ = [
+    "render_attribute",
+    "render_dtype",
+    "render_model",
+    "render_operator",
+    "render_record",
+    "render_shape",
+    "render_type",
+]
 
 _SHOWN = 4
+_LONG = 32
 _INTEGERS = (ir.DataType.INT64, ir.DataType.BOOL)
-_MEASURED = re.compile(r"-?\d+\.\d dB")
 
 
 def render_model(model: ir.Model) -> str:
@@ -36,7 +43,7 @@ def render_record(record: PassRecord) -> str:
     """Return what a pass applied, skipped (with the reasons) and noted."""
     lines = [f"applied {layer}: {what}" for layer, what in record.applied]
     lines += [f"skipped {layer}: {reason}" for layer, reason in record.skipped]
-    return _MEASURED.sub("... dB", "\n".join(lines + [f"note {note}" for note in record.notes]))
+    return "\n".join(lines + [f"note {note}" for note in record.notes])
 
 
 def _graph_lines(graph: ir.Graph, margin: str) -> Iterator[str]:
@@ -48,12 +55,13 @@ def _graph_lines(graph: ir.Graph, margin: str) -> Iterator[str]:
 
 
 def _node_lines(node: ir.Node, margin: str) -> Iterator[str]:
-    operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     plain = {name: attribute for name, attribute in node.attributes.items() if not _graphs(attribute)}
-    attributes = ", ".join(f"{name}={_attribute(attribute)}" for name, attribute in sorted(plain.items()))
+    attributes = ", ".join(
+        f"{name}={render_attribute(attribute)}" for name, attribute in sorted(plain.items())
+    )
     inputs = ", ".join(_name(value) for value in node.inputs)
     layers = f"  @ {', '.join(layers_of(node))}" if layers_of(node) else ""
-    text = f"{operator}<{attributes}>" if attributes else operator
+    text = f"{render_operator(node)}<{attributes}>" if attributes else render_operator(node)
     yield f"{margin}{_values(node.outputs)} = {text}({inputs}){layers}"
     for name, attribute in sorted(node.attributes.items()):
         for graph in _graphs(attribute):
@@ -62,24 +70,37 @@ def _node_lines(node: ir.Node, margin: str) -> Iterator[str]:
 
 
 def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
+    if attribute.is_ref():
+        return []
     if attribute.type is ir.AttributeType.GRAPH:
         return [attribute.as_graph()]
     return list(attribute.as_graphs()) if attribute.type is ir.AttributeType.GRAPHS else []
 
 
-def _attribute(attribute: ir.Attr) -> str:
+def render_operator(node: ir.Node) -> str:
+    """Return the operator with its domain, where that is not ONNX's own: ``com.microsoft::MatMulNBits``."""
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def render_attribute(attribute: ir.Attr) -> str:
+    """Return the value of an attribute; a tensor is dtype and shape, a long list is cut, a graph its size."""
     if attribute.is_ref():
         return f"@{attribute.ref_attr_name}"
+    if graphs := _graphs(attribute):
+        return f"graph of {sum(len(graph) for graph in graphs)} nodes"
     if attribute.type is ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
-        return f"{_dtype(tensor.dtype)}{_shape(tensor.shape)}"
+        return f"{render_dtype(tensor.dtype)}{render_shape(tensor.shape)}"
     if attribute.type is ir.AttributeType.FLOAT:
         return f"{attribute.as_float():.6g}"
-    return str(attribute.value).replace(" ", "").replace("(", "[").replace(",)", "]").replace(")", "]")
+    value = attribute.value
+    if isinstance(value, tuple | list) and len(value) > _LONG:
+        items = ",".join(str(item) for item in value[:_SHOWN])
+        return f"[{items},... {len(value)} in all]"
+    return str(value).replace(" ", "").replace("(", "[").replace(",)", "]").replace(")", "]")
 
 
-def _values(values: object) -> str:
-    assert isinstance(values, tuple | list) or hasattr(values, "__iter__")
+def _values(values: Iterable[ir.Value]) -> str:
     return ", ".join(_typed(value) for value in values)
 
 
@@ -88,19 +109,26 @@ def _name(value: ir.Value | None) -> str:
 
 
 def _typed(value: ir.Value) -> str:
-    if value.type is None or not value.name:
-        return _name(value)
+    return f"{_name(value)}: {render_type(value)}" if value.type is not None and value.name else _name(value)
+
+
+def render_type(value: ir.Value) -> str:
+    """Return dtype and shape of a value, such as ``float[batch,384]``; ``?`` for what is not known."""
+    if value.type is None:
+        return "?"
     if not isinstance(value.type, ir.TensorType):
-        return f"{_name(value)}: {value.type}"
-    shape = "[?]" if value.shape is None else _shape(value.shape)
-    return f"{_name(value)}: {_dtype(value.type.dtype)}{shape}"
+        return str(value.type)
+    shape = "[?]" if value.shape is None else render_shape(value.shape)
+    return f"{render_dtype(value.type.dtype)}{shape}"
 
 
-def _dtype(dtype: ir.DataType) -> str:
+def render_dtype(dtype: ir.DataType) -> str:
+    """Return the name of an element type, such as ``float`` (32 bits) or ``uint8``."""
     return dtype.name.lower()
 
 
-def _shape(shape: ir.ShapeProtocol) -> str:
+def render_shape(shape: ir.ShapeProtocol) -> str:
+    """Return a shape such as ``[batch,384]``; an empty text for a scalar."""
     dims = [str(dim) if isinstance(dim, int) else str(dim.value or "?") for dim in shape]
     return f"[{','.join(dims)}]" if dims else ""
 
