@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from splitfold.passes.block_grid import BlockLayout, BlockGrid
+from splitfold.passes.block_grid import BlockGrid, BlockLayout
 from splitfold.runtime.feeds import Array
 
 __all__ = [
