@@ -55,12 +55,13 @@ def read_realisation(model: ir.Model, records: Iterable[PassRecord], target: Tar
     if not carried:
         return []
     optimized = optimized_graph(model, target)
-    readers = _readers(optimized)
+    readers, unpacked = _readers(optimized), _unpacked(model)
     outputs = _outputs_by_weight(model)
     producers = {value.name: node for graph in optimized.graphs() for node in graph for value in node.outputs}
     found = []
     for layer, weight in carried:
-        kernel = readers.get(weight) or _by_output(producers, outputs.get(weight, ()))
+        read = readers.get(weight) or readers.get(unpacked.get(weight, weight))
+        kernel = read or _by_output(producers, outputs.get(weight, ()))
         low_bit = kernel in target.low_bit_kernels or (kernel == "Gather" and _is_integer(model, weight))
         found.append(Realisation(layer, kernel, low_bit))
     return found
@@ -96,6 +97,25 @@ def _outputs_by_weight(model: ir.Model) -> dict[str, tuple[str, ...]]:
             ]
             found[name] = tuple(output.name or "" for node in through or nodes for output in node.outputs)
     return found
+
+
+def _unpacked(model: ir.Model) -> dict[str, str]:
+    """Return, by weight name, the constant that the model makes of it alone, which the runtime folds."""
+    last: dict[ir.Value, ir.Value] = {}
+    starts = {value: name for graph in model.graphs() for name, value in graph.initializers.items()}
+    known = set(starts)
+    for node in (node for graph in model.graphs() for node in graph):
+        operands = [value for value in node.inputs if value is not None]
+        if node.op_type != "DequantizeLinear" and operands and known.issuperset(operands):
+            known.update(node.outputs)
+            last.update(dict.fromkeys(operands, node.outputs[0]))
+    return {name: _end(value, last).name or "" for value, name in starts.items() if value in last}
+
+
+def _end(value: ir.Value, last: Mapping[ir.Value, ir.Value]) -> ir.Value:
+    while value in last:
+        value = last[value]
+    return value
 
 
 def _by_output(producers: Mapping[str | None, ir.Node], outputs: Iterable[str]) -> str:

@@ -75,25 +75,36 @@ class BlockLayout:
     def grid(self, x: Array, shrink: float | Array = 1.0) -> BlockGrid:
         """Return the grids of blocks `x` [..., block], each for the block's own range (widened to hold zero)
         times `shrink` (one, or one a block)."""
-        factor = np.asarray(shrink, np.float32)
-        return self._symmetric(x, factor) if self.symmetric else self._asymmetric(x, factor)
+        return self.grid_of(self.ends(x), shrink)
 
-    def _symmetric(self, x: Array, shrink: Array) -> BlockGrid:
+    def ends(self, x: Array) -> tuple[Array, Array]:
+        """Return the lowest and highest element of each block, zero included; of a symmetric layout twice the
+        element of largest magnitude."""
+        if not self.symmetric:
+            return np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
+        position = np.abs(x).argmax(-1)[..., None]
+        peak = np.take_along_axis(x, position, -1)[..., 0]
+        return peak, peak
+
+    def grid_of(self, ends: tuple[Array, Array], shrink: float | Array = 1.0) -> BlockGrid:
+        """Return the grids of blocks with these `ends`, times `shrink`."""
+        factor = np.asarray(shrink, np.float32)
+        if self.symmetric:
+            return self._symmetric(ends[0] * factor)
+        return self._asymmetric(ends[0] * factor, ends[1] * factor)
+
+    def _symmetric(self, peak: Array) -> BlockGrid:
         """Map the element of largest magnitude to the code -levels/2 exactly, whatever its sign.
 
         The signed scale uses all codes, as the grid has one more on the negative side.
         """
         half = 2 ** (self.bits - 1)
-        position = np.abs(x).argmax(-1)[..., None]
-        peak = np.take_along_axis(x, position, -1)[..., 0]
-        scale = (peak * shrink / -(self.levels // 2)).astype(np.float32)
+        scale = (peak / -(self.levels // 2)).astype(np.float32)
         scale = np.where(np.abs(scale) < _TINY, np.float32(1), scale).astype(np.float32)
         zeros = np.full(scale.shape, half, np.float32)
         return BlockGrid(scale, zeros, half - self.levels // 2, half + self.levels // 2 - 1)
 
-    def _asymmetric(self, x: Array, shrink: Array) -> BlockGrid:
-        low = np.minimum(x.min(-1), 0) * shrink
-        high = np.maximum(x.max(-1), 0) * shrink
+    def _asymmetric(self, low: Array, high: Array) -> BlockGrid:
         scale = ((high - low) / (self.levels - 1)).astype(np.float32)
         scale = np.where(scale < _TINY, np.float32(1), scale).astype(np.float32)
         zeros = np.clip(np.rint(-low / scale), 0, self.levels - 1).astype(np.float32)

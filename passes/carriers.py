@@ -10,18 +10,22 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.passes.affine import ActivationGrid, BlockQuantized, pack_codes, quantize_weight
-from splitfold.passes.layers import Layer, LayerKind
+from splitfold.passes.layers import Layer
 from splitfold.passes.values import add_initializer, emit
 from splitfold.runtime.feeds import Array
 
 __all__ = [
     "Carried",
+    "Int8Weight",
     "QuantizedInput",
     "carry_blocks",
     "carry_blocks_qdq",
     "carry_dynamic",
     "carry_static",
     "fake_quantize",
+    "int8_weight",
+    "weight_graph",
+    "with_bias",
 ]
 
 _BIAS_LIMIT = 2.0**31 - 2**8
@@ -54,7 +58,33 @@ class QuantizedInput:
     grid: ActivationGrid
 
 
-def _graph(layer: Layer) -> ir.Graph:
+@dataclass(frozen=True)
+class Int8Weight:
+    """An int8 weight [K, N] in the graph.
+
+    Attributes:
+        value: its codes.
+        scales, zero_points: initializers, [N].
+        name: of the initializer that holds the codes.
+    """
+
+    value: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value
+    name: str
+
+
+def int8_weight(layer: Layer, *, levels: int) -> Int8Weight:
+    """Add the int8 weight of a linear layer, symmetric per column."""
+    graph = weight_graph(layer)
+    codes, scales = quantize_weight(layer.weight_array(), layer.channel_axis, levels=levels)
+    held = add_initializer(graph, f"{layer.weight.name}_int8", codes)
+    steps = add_initializer(graph, f"{layer.weight.name}_scale", scales)
+    zero = add_initializer(graph, f"{layer.weight.name}_zero_point", np.zeros(scales.shape, np.int8))
+    return Int8Weight(held, steps, zero, held.name or "")
+
+
+def weight_graph(layer: Layer) -> ir.Graph:
     """Return the graph that holds the layer's weight: its low-bit form stands there too, so that layers in
     subgraphs share it."""
     graph = layer.weight.graph or layer.node.graph
@@ -123,7 +153,7 @@ def _requantized(layer: Layer, scales: Array, levels: int) -> Array:
 
 
 def _dequantized_weight(layer: Layer, codes: Array, scales: Array) -> tuple[ir.Value, str]:
-    graph = _graph(layer)
+    graph = weight_graph(layer)
     held = add_initializer(graph, f"{layer.weight.name}_int8", codes)
     scale = add_initializer(graph, f"{layer.weight.name}_scale", scales)
     zero = add_initializer(graph, f"{layer.weight.name}_zero_point", np.zeros(scales.shape, np.int8))
@@ -145,7 +175,7 @@ def _dequantized_bias(layer: Layer, scales: Array, input_scale: np.float32) -> i
     array = np.broadcast_to(bias.const_value.numpy().astype(np.float64).reshape(-1), scales.shape)
     step = (scales * input_scale).astype(np.float32)
     codes = np.clip(np.rint(array / step), -(2.0**31), 2.0**31 - 1).astype(np.int32)
-    graph = _graph(layer)
+    graph = weight_graph(layer)
     held = add_initializer(graph, f"{bias.name}_int32", codes)
     scale = add_initializer(graph, f"{bias.name}_scale", step)
     zero = add_initializer(graph, f"{bias.name}_zero_point", np.zeros(step.shape, np.int32))
@@ -159,25 +189,21 @@ def _dequantized_bias(layer: Layer, scales: Array, input_scale: np.float32) -> i
     )
 
 
-def carry_dynamic(layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], *, levels: int) -> Carried:
-    """Emit x W as MatMulInteger with int8 weights per column, `quantized` being the outputs of
-    DynamicQuantizeLinear(x).
+def carry_dynamic(
+    layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], weight: Int8Weight
+) -> Carried:
+    """Emit x W as MatMulInteger, `quantized` being the outputs of DynamicQuantizeLinear(x).
 
     y = MatMulInteger(q, W, zx) * (sx * sw) [+ bias]: the runtime fuses this to DynamicQuantizeMatMul or
     MatMulIntegerToFloat.
     """
-    graph = _graph(layer)
-    codes, scales = quantize_weight(layer.weight_array(), 1, levels=levels)
-    held = add_initializer(graph, f"{layer.weight.name}_int8", codes)
-    scale = add_initializer(graph, f"{layer.weight.name}_scale", scales)
-    zero = add_initializer(graph, f"{layer.weight.name}_zero_point", np.zeros(scales.shape, np.int8))
     data, data_scale, data_zero = quantized
     out = layer.output
     base = out.name
     whole = emit(
         layer.node,
         "MatMulInteger",
-        [data, held, data_zero, zero],
+        [data, weight.value, data_zero, weight.zero_points],
         names=[f"{base}_sum"],
         like=out,
         dtype=ir.DataType.INT32,
@@ -190,16 +216,22 @@ def carry_dynamic(layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], 
         names=[f"{base}_cast"],
         like=out,
     )
-    step = emit(layer.node, "Mul", [data_scale, scale], names=[f"{base}_step"], like=scale)
+    step = emit(layer.node, "Mul", [data_scale, weight.scales], names=[f"{base}_step"], like=weight.scales)
     result = emit(layer.node, "Mul", [real, step], names=[f"{base}_product"], like=out)
-    if layer.bias is not None:
-        result = emit(layer.node, "Add", [result, layer.bias], names=[f"{base}_biased"], like=out)
-    return Carried(result, held.name or "")
+    return Carried(with_bias(layer, result), weight.name)
+
+
+def with_bias(layer: Layer, result: ir.Value) -> ir.Value:
+    """Emit the Add of a Gemm's bias, if it has one."""
+    if layer.bias is None:
+        return result
+    names = [f"{layer.output.name}_biased"]
+    return emit(layer.node, "Add", [result, layer.bias], names=names, like=layer.output)
 
 
 def carry_blocks(layer: Layer, quantized: BlockQuantized, *, block: int, accuracy_level: int) -> Carried:
     """Emit x W as com.microsoft::MatMulNBits, `quantized` holding W transposed; any K is allowed."""
-    graph = _graph(layer)
+    graph = weight_graph(layer)
     rows, columns = quantized.codes.shape[0], quantized.columns
     packed = add_initializer(
         graph, f"{layer.weight.name}_int{quantized.bits}", pack_codes(quantized.codes, quantized.bits)
@@ -211,7 +243,6 @@ def carry_blocks(layer: Layer, quantized: BlockQuantized, *, block: int, accurac
             graph, f"{layer.weight.name}_zero_points", pack_codes(quantized.zero_points, quantized.bits)
         )
     inputs: list[ir.Value | None] = [layer.input, packed, scales]
-    bias = layer.bias if layer.kind is LayerKind.GEMM else None
     inputs += [zeros] if zeros is not None else []
     output = emit(
         layer.node,
@@ -228,11 +259,7 @@ def carry_blocks(layer: Layer, quantized: BlockQuantized, *, block: int, accurac
         names=[f"{layer.output.name}_int{quantized.bits}"],
         like=layer.output,
     )
-    if bias is not None:
-        output = emit(
-            layer.node, "Add", [output, bias], names=[f"{layer.output.name}_biased"], like=layer.output
-        )
-    return Carried(output, packed.name or "")
+    return Carried(with_bias(layer, output), packed.name or "")
 
 
 def carry_blocks_qdq(layer: Layer, quantized: BlockQuantized, *, block: int) -> Carried:

@@ -1,24 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ: round the columns one after the other, and let the columns not yet rounded make up for each error.
 
-Frantar et al., 2023, algorithm 1, with H = X^T X of the layer's input. Unlike the released code it keeps the
-weights of dead input channels (rounded to nearest) where that sets them to zero, and it keeps rows rounded to
-nearest where compensation made them worse.
+Frantar et al., 2023, algorithm 1, with H = X^T X of the layer's input. Three things differ from the released
+code. It keeps the weights of dead input channels, rounded to nearest, where that sets them to zero. Rows that
+compensation made worse are rounded to nearest. And the range of a block is searched by default.
 """
 
 from __future__ import annotations
 
+import enum
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
 from splitfold.passes.block_grid import BlockGrid, BlockLayout
+from splitfold.passes.clip_search import mse_grid
+from splitfold.passes.gram_loss import normalised, row_losses
 from splitfold.runtime.feeds import Array
 
-__all__ = ["Compensation", "compensated", "row_losses"]
+__all__ = ["Compensation", "Ranges", "compensated"]
+
+logger = logging.getLogger(__name__)
 
 _STRETCH = 128
 """Columns after which the errors of a stretch are passed on to all columns behind it at once."""
+_LEAST_DAMPING = 1e-10
+"""What is added first where the damping asked for is lost in rounding."""
+_SMALL = 128
+"""Triangular matrices up to this size are inverted at once."""
+
+
+class Ranges(enum.Enum):
+    """Which range the grid of a block is for."""
+
+    WHOLE = "whole"
+    """All of the block's weights, as published."""
+    SEARCHED = "searched"
+    """The one with the least squared error, each column's weighed by what it costs after compensation."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +47,13 @@ class Compensation:
     Attributes:
         damping: part of the mean diagonal of H that is added to its diagonal.
         act_order: round the columns in order of falling diagonal of H. Columns stay in their blocks, so the
-            scales are those of the original weights.
+            grids are those of the original weights.
+        ranges: of the blocks.
     """
 
     damping: float = 0.01
     act_order: bool = False
+    ranges: Ranges = Ranges.SEARCHED
 
 
 def compensated(
@@ -42,104 +63,121 @@ def compensated(
 
     Args:
         matrix: float32 [n, k], one row an output channel.
-        layout: how it will be held. The scales of a block come from its weights as they stand when its turn
+        layout: how it will be held. The grid of a block is that of its weights as they stand when its turn
             comes, errors of earlier columns included.
         gram: float64 [k, k], X^T X of the layer's input.
         options: of the method.
-
-    Raises:
-        numpy.linalg.LinAlgError: the damped matrix is not positive definite.
     """
     order = np.argsort(-np.diag(gram), kind="stable") if options.act_order else np.arange(len(gram))
-    spread = _inverse_factor(gram[np.ix_(order, order)], options.damping)
-    codes, grid = _round_in_turn(matrix, layout, order, spread, static=options.act_order)
-    return _better_rows(matrix, layout, gram, codes, grid)
+    sweep = _Sweep(matrix, layout, order, _inverse_factor(gram, order, options.damping), options)
+    sweep.run()
+    return _better_rows(matrix, layout, gram, sweep)
 
 
-def _inverse_factor(gram: Array, damping: float) -> Array:
-    """Return the upper triangular U, float32, with U^T U = (H + damping)^-1.
+def _inverse_factor(gram: Array, order: Array, damping: float) -> Array:
+    """Return the upper triangular U, float32, with U^T U = (H + damping)^-1, columns in `order`.
 
     H = R R^T with R upper triangular (Cholesky from the far end) gives U = R^-1 without inverting H.
     """
-    damped = gram.copy()
+    turned = order[::-1]
+    largest = float(gram.max(initial=0.0)) or 1.0  # of no use to the result: it keeps U within float32
+    damped = gram[np.ix_(turned, turned)] / largest
     diagonal = np.einsum("ii->i", damped)
     alive = diagonal > 0
     mean = float(diagonal[alive].mean()) if alive.any() else 1.0
     diagonal[~alive] = mean
     diagonal += damping * mean
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    return np.asarray(np.linalg.inv(lower[::-1, ::-1]), np.float32)
+    return np.ascontiguousarray(_inverse_of_lower(_cholesky(damped, mean))[::-1, ::-1], np.float32)
 
 
-def _round_in_turn(
-    matrix: Array, layout: BlockLayout, order: Array, spread: Array, *, static: bool
-) -> tuple[Array, BlockGrid]:
-    """Return codes and grids; `order` holds the columns as they are rounded, `spread` is in that order."""
-    turn = _Turn(matrix, layout, order, spread)
-    if static:
-        turn.set_grid(slice(None), layout.blocked(matrix))
-    k = len(order)
-    stretch = max(_STRETCH, layout.block)
-    for start in range(0, k, stretch):
-        end = min(start + stretch, k)
-        errors = np.empty((end - start, len(matrix)), np.float32)
-        for at in range(start, end):
-            if not static and at % layout.block == 0:
-                turn.begin_block(at)
-            errors[at - start] = turn.round_column(at, end)
-        turn.rest[end:] -= spread[start:end, end:].T @ errors
-    return turn.result()
+def _cholesky(damped: Array, mean: float) -> Array:
+    """Return the lower factor; where rounding leaves the matrix indefinite its diagonal is raised further."""
+    more = _LEAST_DAMPING
+    while True:
+        try:
+            return np.asarray(np.linalg.cholesky(damped))
+        except np.linalg.LinAlgError:
+            logger.info("not positive definite: damped by %g more", more)
+            np.einsum("ii->i", damped)[:] += more * mean
+            more *= 10
 
 
-class _Turn:
-    """The state of a sweep over the columns: weights not yet rounded, turned [k, n], and what is settled."""
+def _inverse_of_lower(lower: Array) -> Array:
+    """Return the inverse of a lower triangular matrix, by halves."""
+    size = len(lower)
+    if size <= _SMALL:
+        return np.asarray(np.linalg.inv(lower))
+    half = size // 2
+    whole = np.zeros_like(lower)
+    whole[:half, :half] = first = _inverse_of_lower(lower[:half, :half])
+    whole[half:, half:] = second = _inverse_of_lower(lower[half:, half:])
+    whole[half:, :half] = -second @ (lower[half:, :half] @ first)
+    return whole
 
-    def __init__(self, matrix: Array, layout: BlockLayout, order: Array, spread: Array) -> None:
-        n, k = matrix.shape
-        self.layout, self.order, self.spread = layout, order, spread
+
+class _Sweep:
+    """One pass over the columns: `rest` holds weights not yet rounded, turned [k, n] and in `order`."""
+
+    def __init__(
+        self, matrix: Array, layout: BlockLayout, order: Array, spread: Array, options: Compensation
+    ) -> None:
+        self.layout, self.order, self.spread, self.options = layout, order, spread, options
+        self.costs = self._costs()
         self.rest = np.ascontiguousarray(matrix.T[order], np.float32)
-        self.grid = layout.grid(np.zeros((n, layout.blocks(k), layout.block), np.float32))
+        x = layout.blocked(matrix)
+        self.grid = self._grid(x, self.costs) if options.act_order else layout.grid(x)
         self.codes = np.repeat(self.grid.zeros[..., None], layout.block, axis=-1)
 
-    def set_grid(self, where: slice, x: Array) -> None:
-        """Take the range of blocks `x` [n, blocks, block] as the grids of the blocks `where`."""
-        found = self.layout.grid(x)
-        self.grid.scales[:, where], self.grid.zeros[:, where] = found.scales, found.zeros
-        self.codes[:, where] = found.zeros[..., None]
+    def _costs(self) -> Array:
+        """Return what a unit of squared error costs in each column, float32 [blocks, block]."""
+        k = len(self.order)
+        costs = np.zeros(self.layout.blocks(k) * self.layout.block, np.float32)
+        costs[self.order] = (np.diag(self.spread).min() / np.diag(self.spread)) ** 2
+        return costs.reshape(-1, self.layout.block)
 
-    def begin_block(self, at: int) -> None:
-        """Settle the grids of the block that begins with column `at`."""
-        number = at // self.layout.block
-        columns = self.rest[at : at + self.layout.block].T
-        self.set_grid(slice(number, number + 1), self.layout.blocked(columns))
+    def _grid(self, x: Array, costs: Array) -> BlockGrid:
+        if self.options.ranges is Ranges.WHOLE:
+            return self.layout.grid(x)
+        return mse_grid(x, self.layout, costs)
 
-    def round_column(self, at: int, end: int) -> Array:
-        """Round column `at` of the order, pass its error on to the columns before `end`, and return it
-        [n], divided by the diagonal."""
+    def run(self) -> None:
+        """Round all columns."""
+        k, stretch = len(self.order), max(_STRETCH, self.layout.block)
+        for start in range(0, k, stretch):
+            end = min(start + stretch, k)
+            errors = np.stack([self._round(at, end) for at in range(start, end)])
+            self.rest[end:] -= self.spread[start:end, end:].T @ errors
+
+    def _round(self, at: int, end: int) -> Array:
+        """Round column `at` of the order, pass its error on to the columns before `end`, and return the
+        error [n], divided by the diagonal."""
         block, inside = divmod(int(self.order[at]), self.layout.block)
+        if not self.options.act_order and inside == 0:
+            self._settle(block, self.rest[at : at + self.layout.block].T)
         scale, zero = self.grid.scales[:, block], self.grid.zeros[:, block]
-        column = self.rest[at]
-        codes = np.clip(np.rint(column / scale) + zero, self.grid.low, self.grid.high)
+        codes = np.clip(np.rint(self.rest[at] / scale) + zero, self.grid.low, self.grid.high)
         self.codes[:, block, inside] = codes
-        error = (column - (codes - zero) * scale) / self.spread[at, at]
+        error = (self.rest[at] - (codes - zero) * scale) / self.spread[at, at]
         self.rest[at + 1 : end] -= np.multiply.outer(self.spread[at, at + 1 : end], error)
         return np.asarray(error)
 
-    def result(self) -> tuple[Array, BlockGrid]:
-        """Return codes [n, blocks, block] and grids."""
-        return self.codes, self.grid
+    def _settle(self, block: int, columns: Array) -> None:
+        found = self._grid(self.layout.blocked(columns), self.costs[block : block + 1])
+        self.grid.scales[:, block], self.grid.zeros[:, block] = found.scales[:, 0], found.zeros[:, 0]
+        self.codes[:, block] = found.zeros[:, :1]
 
 
-def _better_rows(
-    matrix: Array, layout: BlockLayout, gram: Array, codes: Array, grid: BlockGrid
-) -> tuple[Array, BlockGrid]:
-    """Put rows back to the nearest codes where the layer's output is then closer."""
+def _better_rows(matrix: Array, layout: BlockLayout, gram: Array, sweep: _Sweep) -> tuple[Array, BlockGrid]:
+    """Put those rows back to the nearest codes whose output is then closer."""
     x = layout.blocked(matrix)
-    plain = layout.grid(x)
+    plain, grid, codes = layout.grid(x), sweep.grid, sweep.codes
     nearest = plain.codes(x)
-    padded = _padded(gram, x[0].size)
-    losses = [row_losses(g.values(c) - x, padded) for c, g in ((codes, grid), (nearest, plain))]
-    worse = losses[0] > losses[1]
+    weighted = normalised(gram)
+
+    def losses(on: BlockGrid, held: Array) -> Array:
+        return row_losses((on.values(held) - x).reshape(len(x), -1)[:, : len(gram)], weighted)
+
+    worse = losses(grid, codes) > losses(plain, nearest)
     codes[worse] = nearest[worse]
     grid.scales[worse], grid.zeros[worse] = plain.scales[worse], plain.zeros[worse]
     return codes, grid

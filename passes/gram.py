@@ -2,24 +2,22 @@
 """Analysis: Gram matrices X^T X of layers' inputs over calibration data, streamed.
 
 With G = X^T X the squared output error of a weight error e is e^T G e, summed over all tokens: no activations
-need be kept. A Gram matrix takes K^2 numbers, so only some are held at a time, and each walk over the data
-runs just the part of the model that leads to them.
+need be kept. A Gram matrix takes K^2 numbers, so only some are held at a time.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from splitfold.passes.submodel import submodel, type_inputs
+from splitfold.passes.activation_stream import ActivationStream
 from splitfold.runtime.calibration import Calibration
-from splitfold.runtime.feeds import Array, Feeds
+from splitfold.runtime.feeds import Array
 from splitfold.runtime.model_file import weight_bytes
-from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
 __all__ = ["Gram", "GramRequest", "gram_chunks", "gram_limit", "grams_in_chunks", "stream_grams"]
@@ -79,7 +77,8 @@ def gram_chunks(needs: Sequence[Collection[GramRequest]], limit: int) -> list[li
     held: set[GramRequest] = set()
     for position, requests in enumerate(needs):
         joined = held | set(requests)
-        if chunks and sum(request.nbytes for request in joined) <= limit:
+        fits = joined == held or sum(request.nbytes for request in joined) <= limit
+        if chunks and fits:
             chunks[-1].append(position)
             held = joined
         else:
@@ -131,70 +130,41 @@ def _product(rows: Array, request: GramRequest) -> Array:
     return np.asarray(parts.transpose(0, 2, 1) @ parts)
 
 
-def stream_grams(
-    model: ir.Model, requests: Collection[GramRequest], calibration: Calibration, target: Target
-) -> Mapping[GramRequest, Gram]:
-    """Run the part of the model that leads to the requested values over the calibration data, once.
-
-    Args:
-        model: float model; it is not changed.
-        requests: what to gather.
-        calibration: walked once.
-        target: where the model runs.
+def stream_grams(stream: ActivationStream, requests: Collection[GramRequest]) -> dict[GramRequest, Gram]:
+    """Return the Gram matrices of some values over all calibration data.
 
     Raises:
         CalibrationError: a batch does not fit, or the data is empty.
-        SessionError: the part cannot be run.
+        SessionError: the part of the model that leads there cannot be run.
     """
-    running = {request: _Running(request) for request in requests}
-    tap = _Tap(model, tuple(dict.fromkeys(request.value for request in requests)), target)
-    batches = 0
-    for feeds in calibration:
-        arrays = tap.run(feeds)
-        for request, item in running.items():
-            item.add(arrays[request.value])
-        batches += 1
-    logger.info("%d Gram matrices summed over %d batches", len(running), batches)
-    return {request: item.gram() for request, item in running.items()}
+    running: dict[str, list[_Running]] = {}
+    for request in dict.fromkeys(requests):
+        running.setdefault(request.value, []).append(_Running(request))
 
+    def use(name: str, array: Array) -> None:
+        for item in running[name]:
+            item.add(array)
 
-@dataclass
-class _Tap:
-    """Computes named values from feeds, by the part of the model that they depend on."""
-
-    model: ir.Model
-    names: tuple[str, ...]
-    target: Target
-    session: Session | None = None
-    computed: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        given = {value.name for value in self.model.graph.inputs}
-        self.computed = [name for name in self.names if name not in given]
-
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        found = {name: np.asarray(feeds[name]) for name in self.names if name in feeds}
-        if self.computed:
-            session = self._opened(feeds)
-            read = {name: feeds[name] for name in session.inputs if name in feeds}
-            found |= session.run(read)
-        return found
-
-    def _opened(self, feeds: Feeds) -> Session:
-        if self.session is None:
-            part = submodel(self.model, self.computed)
-            type_inputs(part, feeds)
-            self.session = Session(part, self.target, optimization=Optimization.ALL)
-        return self.session
+    stream.visit(list(running), use)
+    logger.info("%d Gram matrices", len(requests))
+    return {item.request: item.gram() for items in running.values() for item in items}
 
 
 def grams_in_chunks(
-    model: ir.Model,
-    needs: Sequence[Collection[GramRequest]],
-    calibration: Calibration,
-    target: Target,
+    model: ir.Model, needs: Sequence[Collection[GramRequest]], calibration: Calibration, target: Target
 ) -> Iterator[tuple[list[int], Mapping[GramRequest, Gram]]]:
-    """Yield (positions of `needs`, their Gram matrices), as many at a time as may be held."""
+    """Yield (positions of `needs`, their Gram matrices), as many at a time as may be held.
+
+    Args:
+        model: float model; it is not changed, and must not be before the last chunk.
+        needs: sets of requests that are wanted at one time, in order of execution.
+        calibration: walked once, or once a chunk (see `ActivationStream`).
+        target: where the model runs.
+
+    Raises:
+        CalibrationError, SessionError: see `stream_grams`.
+    """
+    stream = ActivationStream(model, calibration, target)
     for chunk in gram_chunks(needs, gram_limit(model)):
         wanted = dict.fromkeys(request for position in chunk for request in needs[position])
-        yield chunk, stream_grams(model, list(wanted), calibration, target)
+        yield chunk, stream_grams(stream, list(wanted))

@@ -6,13 +6,11 @@ The runtime fuses Q/DQ around a MatMul to the same kernel, but leaves the bias a
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from splitfold.passes.affine import quantize_weight
-from splitfold.passes.carriers import Carried, QuantizedInput
+from splitfold.passes.carriers import Carried, Int8Weight, QuantizedInput
 from splitfold.passes.layers import Layer
-from splitfold.passes.values import add_initializer, constant, emit, sole_consumer
+from splitfold.passes.values import constant, emit, sole_consumer
 
 __all__ = ["carry_integer", "following_bias", "missed_bias"]
 
@@ -51,21 +49,22 @@ def _other(add: ir.Node, value: ir.Value) -> ir.Value | None:
     return add.inputs[1] if add.inputs[0] is value else add.inputs[0]
 
 
-def carry_integer(layer: Layer, data: QuantizedInput, *, levels: int, add: ir.Node | None) -> Carried:
+def carry_integer(layer: Layer, data: QuantizedInput, weight: Int8Weight, *, add: ir.Node | None) -> Carried:
     """Emit the layer on the integer codes of its input; `add` is the bias Add to take along, or None.
 
-    y = MatMulIntegerToFloat(q, W, sx, sw, zx, zw, bias) with int8 weights per column.
+    y = MatMulIntegerToFloat(q, W, sx, sw, zx, zw, bias).
     """
-    graph = layer.weight.graph or layer.node.graph
-    if graph is None:
-        raise ValueError(f"{layer.name} is in no graph")
-    codes, scales = quantize_weight(layer.weight_array(), layer.channel_axis, levels=levels)
-    weight = add_initializer(graph, f"{layer.weight.name}_int8", codes)
-    scale = add_initializer(graph, f"{layer.weight.name}_scale", scales)
-    zero = add_initializer(graph, f"{layer.weight.name}_zero_point", np.zeros(scales.shape, np.int8))
     bias = layer.bias if add is None else _other(add, layer.output)
-    taken = bias is not None and bias.shape is not None and bias.shape.numpy() == scales.shape
-    inputs: list[ir.Value | None] = [data.codes, weight, data.scale, scale, data.zero_point, zero]
+    columns = weight.scales.shape
+    taken = bias is not None and bias.shape is not None and bias.shape == columns
+    inputs: list[ir.Value | None] = [
+        data.codes,
+        weight.value,
+        data.scale,
+        weight.scales,
+        data.zero_point,
+        weight.zero_points,
+    ]
     output = emit(
         layer.node,
         "MatMulIntegerToFloat",
@@ -79,4 +78,4 @@ def carry_integer(layer: Layer, data: QuantizedInput, *, levels: int, add: ir.No
         output = emit(
             layer.node, "Add", [output, bias], names=[f"{layer.output.name}_biased"], like=layer.output
         )
-    return Carried(output, weight.name or "")
+    return Carried(output, weight.name)

@@ -10,19 +10,18 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from splitfold.passes.activation_codes import DynamicCodes
 from splitfold.passes.activations import required_calibration
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.candidates import accurate_layers, candidate_layers
-from splitfold.passes.carriers import Carried, carry_dynamic
+from splitfold.passes.carriers import Carried, carry_dynamic, int8_weight
 from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.opset import default_opset
 from splitfold.passes.trial import local_sqnr
-from splitfold.passes.values import drop_unused, emit, replace_value
+from splitfold.passes.values import drop_unused, replace_value
 from splitfold.runtime.target import Carrier
 
 __all__ = ["QuantizeDynamicPass"]
-
-Quantized = tuple[ir.Value, ir.Value, ir.Value]
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ class QuantizeDynamicPass(LayerPass):
             calibration = required_calibration(context.calibration, f"{self.name}{{min-sqnr}}", model)
             measured = local_sqnr(model, _trial_carrier(layers, levels), calibration, context.target)
             layers = accurate_layers(layers, measured, self.min_sqnr, "dynamic int8", findings)
-        shared: dict[tuple[ir.Value, ir.Graph | None], Quantized] = {}
+        codes = DynamicCodes()
         for layer in (layer.current() for layer in layers):
-            carried = carry_dynamic(layer, _quantized(layer, shared), levels=levels)
+            carried = carry_dynamic(layer, codes.of(layer), int8_weight(layer, levels=levels))
             replace_value(layer.output, carried.output)
             drop_unused([layer.node])
             findings.apply(layer.name, f"{layer.kind.value} dynamic int8", weight=carried.weight)
@@ -88,35 +87,13 @@ def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str |
     return None
 
 
-def _quantized(layer: Layer, shared: dict[tuple[ir.Value, ir.Graph | None], Quantized]) -> Quantized:
-    """Return DynamicQuantizeLinear of the layer's input, emitted before the first layer of its graph that
-    reads it."""
-    key = (layer.input, layer.node.graph)
-    if key not in shared:
-        base = layer.input.name
-        codes = emit(
-            layer.node,
-            "DynamicQuantizeLinear",
-            [layer.input],
-            names=[f"{base}_codes", f"{base}_dynamic_scale", f"{base}_dynamic_zero"],
-            like=layer.input,
-            dtype=ir.DataType.UINT8,
-        )
-        producer = codes.producer()
-        if producer is None:
-            raise ValueError("emit made no node")
-        first, second, third = producer.outputs
-        second.type, third.type = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.UINT8)
-        second.shape = third.shape = ir.Shape(())
-        shared[key] = (first, second, third)
-    return shared[key]
-
-
 def _trial_carrier(layers: list[Layer], levels: int) -> Callable[[Layer], Carried | None]:
     names = {layer.name for layer in layers}
-    shared: dict[tuple[ir.Value, ir.Graph | None], Quantized] = {}
+    codes = DynamicCodes()
 
     def carry(layer: Layer) -> Carried | None:
-        return carry_dynamic(layer, _quantized(layer, shared), levels=levels) if layer.name in names else None
+        if layer.name not in names:
+            return None
+        return carry_dynamic(layer, codes.of(layer), int8_weight(layer, levels=levels))
 
     return carry

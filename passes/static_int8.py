@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from splitfold.passes.affine import ActivationGrid
 from splitfold.passes.base import Findings
-from splitfold.passes.carriers import Carried, QuantizedInput, carry_static, fake_quantize
+from splitfold.passes.carriers import Carried, QuantizedInput, carry_static, fake_quantize, int8_weight
 from splitfold.passes.identity import display_layer
 from splitfold.passes.integer_linear import carry_integer, following_bias, missed_bias
 from splitfold.passes.keep_float import keep_float_convolutions
@@ -79,7 +79,7 @@ def _replace(layer: Layer, data: QuantizedInput, levels: int, form: StaticForm) 
     """Put the low-bit form in the place of `layer` and return the name of its weight."""
     if form is StaticForm.INTEGER and layer.is_linear:
         add = following_bias(layer)
-        carried = carry_integer(layer, data, levels=levels, add=add)
+        carried = carry_integer(layer, data, int8_weight(layer, levels=levels), add=add)
         replaced = [layer.node] if add is None else [add, layer.node]
     else:
         carried = carry_static(layer, data, levels=levels)

@@ -43,6 +43,11 @@ class Walk:
         """How many batches there are."""
         return len(self._known)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values that are held, of all batches."""
+        return sum(array.nbytes for known in self._known for array in known.values())
+
     def values(self, names: Sequence[str]) -> list[dict[str, Array]]:
         """Return the values named, one dict a batch. Ask in order of execution: what only earlier nodes read
         is forgotten.

@@ -56,6 +56,14 @@ LOSSY = {
     "quantize-weights": 10.0,
     "quantize-weights{bits=2,block=16,symmetric=true,accuracy-level=1}": 0.0,
     "quantize-weights{bits=8,block=16,form=qdq}": 35.0,
+    "quantize-weights{method=mse}": 10.0,
+    "quantize-weights{method=awq}": 10.0,
+    "quantize-weights{method=gptq,act-order=true}": 10.0,
+    "quantize-weights{method=gptq,bits=3,symmetric=true}": 5.0,
+    "quantize-weights{method=dgq,bits=3,block=16}": 5.0,
+    "quantize-weights{method=dgq,form=int8-static}": 10.0,
+    "quantize-weights{method=dgq,form=int8-dynamic,expand=offline}": 10.0,
+    "quantize-weights{method=dgq,form=int8-token}": 10.0,
 }
 """Lossy passes with options, and the dB that every output of a random graph keeps."""
 ids = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES])
