@@ -2,7 +2,8 @@
 """Graph algorithms: layered drawings, tied groups, meeting points; the only file that imports networkx.
 
 Drawings are after Sugiyama, Tagawa and Toda, "Methods for Visual Understanding of Hierarchical System
-Structures", IEEE SMC 11(2), 1981: layers by longest path, few crossings by barycentres, straight edges by least squares.
+Structures", IEEE SMC 11(2), 1981: layers by longest path, few crossings by barycentres, straight edges by
+least squares.
 """
 
 from __future__ import annotations

@@ -183,16 +183,16 @@ def test_an_activation_that_a_grid_does_not_imply_is_told(low: float, reason: st
     assert found == ([] if reason is None else [("act", "integer region", reason)])
 
 
-def test_scales_that_no_norm_absorbs_say_which_reader_is_in_the_way() -> None:
+def test_scales_that_nothing_absorbs_say_which_operator_is_in_the_way() -> None:
     found = _missed(encoder(layers=1), "canonicalize,fold-scales{min-gain=-100}", token_batches(3))
     group = "+".join(f"encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value"))
-    reasons = {layer: reason for layer, pattern, reason in found if pattern == "scales folded into the norm"}
+    pattern = "scales folded into what makes its input"
+    reasons = {layer: reason for layer, name, reason in found if name == pattern}
     assert reasons[group] == (
-        "the Add of encoder.layer.0.attention.output reads the norm's output too, unscaled"
+        "LayerNormalization does not pass a scale on (at 'encoder.layer.0.attention.output.LayerNorm', "
+        "LayerNormalization)"
     )
-    assert reasons["encoder.layer.0.output.dense"] == (
-        "what it reads is made by a Sub, not by a LayerNormalization"
-    )
+    assert reasons["encoder.layer.0.output.dense"].startswith("Gelu does not pass a scale on")
 
 
 def test_a_matrix_that_is_nearly_a_transpose_is_told() -> None:

@@ -43,7 +43,9 @@ CASES = {
         "n", 8,
     ),
     "decomposed rms norm": (
-        graph(X, Y, "float[8] g = seeded, float[8,6] W = seeded, float two = {2}, float e = {1e-5}, int64[1] a = {-1}",
+        graph(X, Y,
+              "float[8] g = seeded, float[8,6] W = seeded, float two = {2}, float e = {1e-5}, "
+              "int64[1] a = {-1}",
               "p = Pow (x, two)\n m = ReduceMean (p, a)\n q = Add (m, e)\n r = Sqrt (q)\n d = Div (x, r)\n"
               " n = Mul (d, g)\n y = MatMul (n, W)"),
         "n", 8,
@@ -66,16 +68,20 @@ CASES = {
     ),
     "value to output": (
         graph("float[batch, seq, 8] x, float[batch, 2, seq, seq] p", Y,
-              "float[8,8] W = seeded, float[8] b = seeded, float[8,6] V = seeded, int64[4] s = {0, -1, 2, 4}, "
+              "float[8,8] W = seeded, float[8] b = seeded, float[8,6] V = seeded, "
+              "int64[4] s = {0, -1, 2, 4}, "
               "int64[3] t = {0, -1, 8}",
-              "v = MatMul (x, W)\n vb = Add (v, b)\n r = Reshape (vb, s)\n h = Transpose <perm=[0,2,1,3]> (r)\n"
-              " c = MatMul (p, h)\n u = Transpose <perm=[0,2,1,3]> (c)\n f = Reshape (u, t)\n y = MatMul (f, V)"),
+              "v = MatMul (x, W)\n vb = Add (v, b)\n r = Reshape (vb, s)\n "
+              "h = Transpose <perm=[0,2,1,3]> (r)\n"
+              " c = MatMul (p, h)\n u = Transpose <perm=[0,2,1,3]> (c)\n f = Reshape (u, t)\n "
+              "y = MatMul (f, V)"),
         "f", 8,
     ),
     "grouped queries": (
         graph("float[2, 5, 8] x, float[2, 4, 5, 5] p", "float[2, 5, 6] y",
               "float[8,6] W = seeded, float[12,6] V = seeded, int64[4] s = {2, 5, 2, 3}, "
-              "int64[1] a = {2}, int64[5] e = {2, 2, 2, 5, 3}, int64[4] f4 = {2, 4, 5, 3}, int64[3] t = {2, 5, 12}",
+              "int64[1] a = {2}, int64[5] e = {2, 2, 2, 5, 3}, int64[4] f4 = {2, 4, 5, 3}, "
+              "int64[3] t = {2, 5, 12}",
               "v = MatMul (x, W)\n r = Reshape (v, s)\n h = Transpose <perm=[0,2,1,3]> (r)\n"
               " k = Unsqueeze (h, a)\n m = Expand (k, e)\n n = Reshape (m, f4)\n c = MatMul (p, n)\n"
               " u = Transpose <perm=[0,2,1,3]> (c)\n f = Reshape (u, t)\n y = MatMul (f, V)"),
@@ -86,7 +92,8 @@ CASES = {
               "float[batch, seq, 6] y, float[batch, seq, 8] q",
               "float[8,24] W = seeded, float[24] b = seeded, float[8,6] V = seeded",
               "h = MatMul (x, W)\n c = Add (h, b)\n q, k, v = Split <axis=-1, num_outputs=3> (c)\n"
-              " s = MatMul (p, v)\n y0 = MatMul (s, V)\n kk = ReduceMean <keepdims=1> (k)\n y = Add (y0, kk)"),
+              " s = MatMul (p, v)\n y0 = MatMul (s, V)\n kk = ReduceMean <keepdims=1> (k)\n "
+              "y = Add (y0, kk)"),
         "s", 8,
     ),
     "fused qkv by Gather": (
@@ -113,7 +120,8 @@ CASES = {
     "convolution, pooling, Gemm": (
         graph("float[1, 3, 8, 8] x", "float[1, 6] y",
               "float[4,3,3,3] W = seeded, float[4] b = seeded, float[4,6] V = seeded",
-              "c = Conv (x, W, b)\n r = Relu (c)\n p = GlobalAveragePool (r)\n f = Flatten (p)\n y = Gemm (f, V)"),
+              "c = Conv (x, W, b)\n r = Relu (c)\n p = GlobalAveragePool (r)\n f = Flatten (p)\n "
+              "y = Gemm (f, V)"),
         "f", 4,
     ),
     "embedding": (
@@ -122,7 +130,8 @@ CASES = {
         "e", 8,
     ),
     "sum of two": (
-        graph(X, Y, "float[8,12] W = seeded, float[8,12] U = seeded, float[12] g = seeded, float[12,6] V = seeded",
+        graph(X, Y,
+              "float[8,12] W = seeded, float[8,12] U = seeded, float[12] g = seeded, float[12,6] V = seeded",
               "a = MatMul (x, W)\n b = MatMul (x, U)\n n = RMSNormalization (b, g)\n s = Add (a, n)\n"
               " y = MatMul (s, V)"),
         "s", 12,
@@ -136,7 +145,8 @@ CASES = {
 
 REFUSED = {
     "residual": (
-        graph(X, Y, "float[8] g = seeded, float[8,6] W = seeded, float[6,8] V = seeded, float[8,6] U = seeded",
+        graph(X, Y,
+              "float[8] g = seeded, float[8,6] W = seeded, float[6,8] V = seeded, float[8,6] U = seeded",
               "n = LayerNormalization (x, g)\n h = MatMul (n, W)\n o = MatMul (h, V)\n r = Add (n, o)\n"
               " s = Softmax (r)\n y = MatMul (s, U)"),
         "n", "Softmax",

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A character-level GPT on tinyshakespeare: RMS norm, SwiGLU, grouped-query attention, rotary positions, about
-10 million parameters.
+"""A character-level GPT on tinyshakespeare: RMS norm, SwiGLU, grouped-query attention, rotary positions,
+about 10 million parameters.
 
     python -m splitfold.examples.training.char_gpt -o char_gpt.onnx
 
-It reads `shared/data/text/tinyshakespeare` (or SPLITFOLD_SHARED), trains for 14 minutes on the CPU, and writes
-the model as ONNX: ids int64 [batch, sequence] -> logits float32 [batch, sequence, characters]. The last tenth of
-the text is held out.
+It reads `shared/data/text/tinyshakespeare` (or SPLITFOLD_SHARED), trains for 14 minutes on the CPU, and
+writes the model as ONNX: ids int64 [batch, sequence] -> logits float32 [batch, sequence, characters]. The
+last tenth of the text is held out.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1

@@ -3,8 +3,9 @@
 
     python -m splitfold.examples.training.small_vit -o small_vit.onnx
 
-It reads `shared/data/images/fashion_mnist` (or SPLITFOLD_SHARED), trains for a few minutes on the CPU and writes
-the model as ONNX: image float32 [batch, 1, 28, 28], (x / 255 - 0.2860) / 0.3530 -> logits float32 [batch, 10].
+It reads `shared/data/images/fashion_mnist` (or SPLITFOLD_SHARED), trains for a few minutes on the CPU and
+writes the model as ONNX: image float32 [batch, 1, 28, 28], (x / 255 - 0.2860) / 0.3530 -> logits float32
+[batch, 10].
 """
 
 from __future__ import annotations
