@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from splitfold.compiler import presets
+from splitfold.compiler.debug.snapshots import Snapshots
 from splitfold.compiler.driver import compile
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.tolerance import Budget, Tolerance
@@ -17,6 +18,7 @@ __all__ = [
     "Budget",
     "Pipeline",
     "Session",
+    "Snapshots",
     "Target",
     "Tolerance",
     "Unrealised",
