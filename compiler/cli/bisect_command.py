@@ -37,6 +37,36 @@ from splitfold.runtime.errors import ArtifactError
 __all__ = ["bisect_command"]
 
 
+EvaluateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        metavar="package.module:function",
+        help="The metric: a function of an opened session that returns a number, more is better.",
+    ),
+]
+DropOption = Annotated[
+    float | None, typer.Option("--drop", metavar="NUMBER", help="What the metric may lose (default: 0.01).")
+]
+LimitsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tolerance",
+        metavar="LIMITS",
+        help="With --data: how far outputs may be from MODEL's: 'cosine=0.99,sqnr=20' (default: cosine=0.9).",
+    ),
+]
+WorksOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the pipeline that works: as a recipe (FILE.toml), else as text.",
+    ),
+]
+
+
 def bisect_command(
     model: Annotated[
         str, typer.Argument(help="An .onnx file, an artifact folder, or package.module:function.")
@@ -44,43 +74,17 @@ def bisect_command(
     preset: PresetOption = None,
     pipeline: PipelineOption = None,
     recipe: RecipeOption = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluate",
-            metavar="package.module:function",
-            help="The metric: a function of an opened session that returns a number, more is better.",
-        ),
-    ] = None,
-    drop: Annotated[
-        float | None,
-        typer.Option("--drop", metavar="NUMBER", help="What the metric may lose (default: 0.01)."),
-    ] = None,
+    evaluate: EvaluateOption = None,
+    drop: DropOption = None,
     data: DataOption = None,
-    tolerance: Annotated[
-        str | None,
-        typer.Option(
-            "--tolerance",
-            metavar="LIMITS",
-            help="With --data: how far outputs may be from MODEL's: 'cosine=0.99,sqnr=20' (default: "
-            "cosine=0.9).",
-        ),
-    ] = None,
+    tolerance: LimitsOption = None,
     calibration: CalibrationOption = None,
     inputs: InputsOption = None,
     target: TargetOption = "cpu",
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=3, help="Models to evaluate at most.")
     ] = 200,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write the pipeline that works: as a recipe (FILE.toml), else as text.",
-        ),
-    ] = None,
+    output: WorksOption = None,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -44,6 +44,14 @@ from splitfold.runtime.model_file import MODEL_FILE, check_folder, model_path
 __all__ = ["compile_command"]
 
 
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is in the output folder, and earlier snapshots.")
+]
+ReportOption = Annotated[
+    bool, typer.Option("--report", help="Also write DIR/report.html: what was done, layer by layer.")
+]
+
+
 def compile_command(
     model: Annotated[
         str, typer.Argument(help="An .onnx file, an artifact folder, or package.module:function.")
@@ -58,13 +66,8 @@ def compile_command(
     tolerance: ToleranceOption = None,
     unrealised: UnrealisedOption = "float",
     snapshots: SnapshotsOption = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace what is in the output folder, and earlier snapshots."),
-    ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Also write DIR/report.html: what was done, layer by layer.")
-    ] = False,
+    overwrite: OverwriteOption = False,
+    report: ReportOption = False,
     reproducers: ReproducersOption = None,
     no_reproducer: NoReproducerOption = False,
     verbose: VerboseOption = False,

@@ -112,7 +112,11 @@ def bisect(
     context = Context(place, source.calibration)
     search = Search(steps, source.model, context, judge, hints, observers)
     reference = judge.start(source.model)
-    works = search.run(reference)
+    return _outcome(search, judge, search.run(reference), reference, given)
+
+
+def _outcome(search: Search, judge: Judge, works: bool, reference: Verdict, given: Pipeline) -> Bisection:
+    steps = complete(given)
     found = _as_given(search.steps if works else search.steps[: search.good], steps, given)
     rest = () if works else _as_given(search.steps[search.good :], steps, given)
     return Bisection(
