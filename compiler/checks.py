@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 
 import onnx
@@ -39,7 +40,7 @@ def checker_fault(model: ir.Model) -> str | None:
     return None
 
 
-class _Search:
+class _Search(abc.ABC):
     """Observer of a pipeline that is known to fail: it raises after the first pass that is to blame."""
 
     def __init__(self) -> None:
@@ -55,9 +56,9 @@ class _Search:
         self._done = (*self._done, record.text)
         return record
 
+    @abc.abstractmethod
     def check(self, step: Pass, model: ir.Model) -> None:
         """Raise where `model`, as it is after `step`, is refused."""
-        raise NotImplementedError
 
 
 class FirstInvalid(_Search):

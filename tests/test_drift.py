@@ -298,7 +298,7 @@ def test_nan_on_one_side_is_a_total_error_and_named() -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"], name="/dense/MatMul"),
         helper.make_node("Add", ["h", "shift"], ["moved"], name="/shift/Add"),
-        helper.make_node("Sqrt", ["moved"], ["root"], name="/root/Sqrt"),
+        helper.make_node("Sqrt", ["moved"], ["root"], name="/square_root/Sqrt"),
         helper.make_node("Sigmoid", ["root"], ["y"], name="/end/Sigmoid"),
     ]
     weights = [initializer("w", 32, 32), numpy_helper.from_array(np.array(10, np.float32), "shift")]

@@ -44,6 +44,9 @@ from splitfold.runtime.model_file import MODEL_FILE, check_folder, model_path
 __all__ = ["compile_command"]
 
 
+ModelArgument = Annotated[
+    str, typer.Argument(help="An .onnx file, an artifact folder, or package.module:function.")
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is in the output folder, and earlier snapshots.")
 ]
@@ -53,9 +56,7 @@ ReportOption = Annotated[
 
 
 def compile_command(
-    model: Annotated[
-        str, typer.Argument(help="An .onnx file, an artifact folder, or package.module:function.")
-    ],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the artifact.")],
     preset: PresetOption = None,
     pipeline: PipelineOption = None,
