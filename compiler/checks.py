@@ -47,7 +47,9 @@ class _Search(abc.ABC):
         self._done: tuple[str, ...] = ()
 
     def before_pass(self, step: Pass, model: ir.Model, index: int, total: int) -> None:
-        """Nothing to do."""
+        """Forget an earlier run."""
+        if index == 0:
+            self._done = ()
 
     def after_pass(self, step: Pass, model: ir.Model, record: PassRecord) -> PassRecord:
         """Raise where the model is refused now."""
