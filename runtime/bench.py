@@ -14,11 +14,9 @@ import onnx_ir as ir
 from splitfold.runtime.feeds import Feeds
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
+from splitfold.runtime.turns import turns
 
 __all__ = ["Timing", "bench"]
-
-_TURN = 5
-"""Timed runs a turn. A turn begins with an untimed run, which brings this model's threads and caches back."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ def bench(
 ) -> list[Timing]:
     """Time `models` on the same feeds and return one `Timing` each, in order.
 
-    The models take turns of a few runs, and the order of the turns rotates: what else the machine does then
-    falls on all of them alike.
+    The models take turns, see `splitfold.runtime.turns`.
 
     Args:
         models: models in memory or paths of ``.onnx`` files, with the same inputs.
@@ -65,18 +62,14 @@ def bench(
         SessionError: a model does not open or does not run on `feeds`.
         ValueError: `runs` is not positive.
     """
-    if runs < 1:
-        raise ValueError(f"runs is {runs}; at least one is needed.")
+    schedule = list(turns(len(models), runs))
     sessions = [Session(model, target, threads=threads) for model in models]
     for session in sessions:
         for _ in range(warm_up):
             session.run(feeds)
     times: list[list[float]] = [[] for _ in sessions]
-    for turn in range(-(-runs // _TURN)):
-        count = min(_TURN, runs - turn * _TURN)
-        for offset in range(len(sessions)):
-            at = (turn + offset) % len(sessions)
-            times[at] += _turn(sessions[at], feeds, count)
+    for at, count in schedule:
+        times[at] += _turn(sessions[at], feeds, count)
     return _timings(times)
 
 

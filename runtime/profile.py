@@ -18,11 +18,10 @@ from splitfold.runtime.errors import SessionError
 from splitfold.runtime.feeds import Feeds
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
+from splitfold.runtime.turns import turns
 
 __all__ = ["KernelTime", "Trace", "read_events", "trace"]
 
-_TURN = 5
-"""Timed runs a turn. A turn begins with an untimed run, which brings this model's threads and caches back."""
 _SUFFIX = "_kernel_time"
 _NESTING = {"BeamSearch", "GreedySearch", "If", "Loop", "Sampling", "Scan"}
 """Operators whose time holds that of the nodes of their subgraphs."""
@@ -76,8 +75,7 @@ def trace(
 ) -> list[Trace]:
     """Profile `models` as deployed on the same feeds and return one `Trace` each, in order.
 
-    The models take turns of a few runs, and the order of the turns rotates: what else the machine does then
-    falls on all of them alike.
+    The models take turns, see `splitfold.runtime.turns`.
 
     Args:
         models: models in memory or paths of ``.onnx`` files, with the same inputs.
@@ -91,8 +89,7 @@ def trace(
         SessionError: a model does not open or run, or the profiler wrote nothing that can be read.
         ValueError: `runs` is not positive.
     """
-    if runs < 1:
-        raise ValueError(f"runs is {runs}; at least one is needed.")
+    schedule = list(turns(len(models), runs))
     with tempfile.TemporaryDirectory(prefix="splitfold-profile-") as folder:
         sessions = [
             Session(model, target, threads=threads, profile=_folder(Path(folder) / f"model-{at}"))
@@ -102,13 +99,10 @@ def trace(
         for session in sessions:
             for _ in range(warm_up):
                 session.run(feeds)
-        for turn in range(-(-runs // _TURN)):
-            count = min(_TURN, runs - turn * _TURN)
-            for offset in range(len(sessions)):
-                at = (turn + offset) % len(sessions)
-                for _ in range(1 + count):
-                    sessions[at].run(feeds)
-                timed[at] += [False] + [True] * count
+        for at, count in schedule:
+            for _ in range(1 + count):
+                sessions[at].run(feeds)
+            timed[at] += [False] + [True] * count
         return [
             _trace(*session.end_profiling(), counted)
             for session, counted in zip(sessions, timed, strict=True)

@@ -4,6 +4,7 @@ it, and of how small the part is that still shows it. They are importable, as a 
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Planted(Pass):
-    """Works on the product of one layer; does nothing where there is none.
+    """Fails at one layer; does nothing where there is none.
 
     Args:
         layer: its name.
@@ -49,6 +50,11 @@ class Planted(Pass):
     layer: str = ""
     everywhere: bool = False
 
+
+@dataclass(frozen=True)
+class OnProduct(Planted):
+    """Harms the product of the layer."""
+
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
         for node in model.graph.all_nodes() if self.everywhere else model.graph:
@@ -57,8 +63,9 @@ class Planted(Pass):
                 return True
         return False
 
+    @abc.abstractmethod
     def harm(self, node: ir.Node, model: ir.Model) -> None:
-        raise NotImplementedError
+        """Do it."""
 
 
 def _weight(node: ir.Node) -> Array | None:
@@ -75,14 +82,14 @@ def _reader(node: ir.Node) -> ir.Node:
     return node.outputs[0].uses()[0].node
 
 
-class ScaleWeight(Planted):
+class ScaleWeight(OnProduct):
     name = "plant-scale"
 
     def harm(self, node: ir.Node, model: ir.Model) -> None:
         _replace(node, model, _weight(node) * 1.01)
 
 
-class DropBias(Planted):
+class DropBias(OnProduct):
     name = "plant-drop-bias"
 
     def harm(self, node: ir.Node, model: ir.Model) -> None:
@@ -91,14 +98,14 @@ class DropBias(Planted):
         model.graph.remove(add, safe=True)
 
 
-class BreakShape(Planted):
+class BreakShape(OnProduct):
     name = "plant-break-shape"
 
     def harm(self, node: ir.Node, model: ir.Model) -> None:
         _replace(node, model, _weight(node)[:, :-1])
 
 
-class Raising(Planted):
+class Raising(OnProduct):
     name = "plant-raising"
 
     def harm(self, node: ir.Node, model: ir.Model) -> None:
@@ -131,7 +138,7 @@ class Silent(ScaleWeight):
         return not super().rewrite(model, context, findings)
 
 
-class UnknownAttribute(Planted):
+class UnknownAttribute(OnProduct):
     """The runtime refuses the model too."""
 
     name = "plant-unknown-attribute"
@@ -140,7 +147,7 @@ class UnknownAttribute(Planted):
         node.attributes["colour"] = ir.AttrInt64("colour", 3)
 
 
-class OutOfOrder(Planted):
+class OutOfOrder(OnProduct):
     """The runtime does not mind."""
 
     name = "plant-out-of-order"
@@ -162,14 +169,14 @@ class UntypedOutput(Planted):
         return True
 
 
-class AddedOutput(Planted):
+class AddedOutput(OnProduct):
     name = "plant-added-output"
 
     def harm(self, node: ir.Node, model: ir.Model) -> None:
         model.graph.outputs.append(node.outputs[0])
 
 
-class OneBit(Planted):
+class OneBit(OnProduct):
     """Holds a weight in one bit, badly."""
 
     name = "plant-one-bit"
@@ -180,7 +187,7 @@ class OneBit(Planted):
         _replace(node, model, np.where(weight > 0, 1.0, -1.0) * np.abs(weight).max())
 
 
-class ToNan(Planted):
+class ToNan(OnProduct):
     name = "plant-nan"
     contract = Contract.LOSSY
 
@@ -190,7 +197,7 @@ class ToNan(Planted):
         _replace(node, model, weight)
 
 
-class BadIndex(Planted):
+class BadIndex(OnProduct):
     """The runtime opens the model, and fails in a node of it."""
 
     name = "plant-bad-index"

@@ -223,13 +223,17 @@ class TooFewBits(Sabotage):
         for node in model.graph:
             if self.fits(node):
                 layer = display_layer(node)
-                if self.unwanted(layer) is None:
-                    set_tensor(node.inputs[1], _rounded(weight_of(node), 2 if node is victim else 8))
-                    findings.apply(layer, "rounded")
+                if self.unwanted(layer) is not None:
+                    continue
+                if node is victim:
+                    self.harm(node, model.graph)
+                else:
+                    set_tensor(node.inputs[1], _rounded(weight_of(node), 8))
+                findings.apply(layer, "rounded")
         return True
 
     def harm(self, node: ir.Node, graph: ir.Graph) -> None:
-        raise NotImplementedError
+        set_tensor(node.inputs[1], _rounded(weight_of(node), 2))
 
 
 class ClipTooTight(Sabotage):

@@ -12,6 +12,7 @@ from splitfold.compiler.cli.compare_command import DataOption
 from splitfold.compiler.cli.data import open_data
 from splitfold.compiler.cli.options import DebugOption, first_feeds
 from splitfold.compiler.cli.output import file_bytes, megabytes, out, table
+from splitfold.compiler.cli.run_options import BatchOption, RunsOption, ThreadsOption
 from splitfold.runtime.bench import bench
 from splitfold.runtime.model_file import model_path, read_model
 
@@ -24,14 +25,9 @@ def bench_command(
         typer.Argument(metavar="A [B ...]", help=".onnx files or artifact folders with the same inputs."),
     ],
     data: DataOption = None,
-    batch: Annotated[
-        int,
-        typer.Option("--batch", min=1, help="Samples a run, where --data is one .npz and the batch is free."),
-    ] = 1,
-    threads: Annotated[
-        int, typer.Option("--threads", min=0, help="Threads of the runtime; 0 is its own choice.")
-    ] = 0,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each model.")] = 50,
+    batch: BatchOption = 1,
+    threads: ThreadsOption = 0,
+    runs: RunsOption = 50,
     debug: DebugOption = False,
 ) -> None:
     """Time models side by side: they take turns, and medians and ratios to the first are shown.

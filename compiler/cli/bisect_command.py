@@ -25,6 +25,7 @@ from splitfold.compiler.cli.options import (
     read_inputs,
 )
 from splitfold.compiler.cli.output import errors, say
+from splitfold.compiler.cli.run_options import ModelArgument
 from splitfold.compiler.debug.bisect.bisection import bisect
 from splitfold.compiler.debug.bisect.judge import Evaluation
 from splitfold.compiler.driver import Evaluate
@@ -68,9 +69,7 @@ WorksOption = Annotated[
 
 
 def bisect_command(
-    model: Annotated[
-        str, typer.Argument(help="An .onnx file, an artifact folder, or package.module:function.")
-    ],
+    model: ModelArgument,
     preset: PresetOption = None,
     pipeline: PipelineOption = None,
     recipe: RecipeOption = None,

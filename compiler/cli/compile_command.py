@@ -34,6 +34,7 @@ from splitfold.compiler.cli.reproducer_options import (
     ReproducersOption,
     reproducers_in,
 )
+from splitfold.compiler.cli.run_options import ModelArgument
 from splitfold.compiler.debug.report import REPORT_FILE, check_report
 from splitfold.compiler.driver import compile
 from splitfold.compiler.locate import Located, locate_data, locate_model
@@ -44,9 +45,6 @@ from splitfold.runtime.model_file import MODEL_FILE, check_folder, model_path
 __all__ = ["compile_command"]
 
 
-ModelArgument = Annotated[
-    str, typer.Argument(help="An .onnx file, an artifact folder, or package.module:function.")
-]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is in the output folder, and earlier snapshots.")
 ]

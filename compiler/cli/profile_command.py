@@ -15,6 +15,7 @@ from splitfold.compiler.cli.compare_command import DataOption
 from splitfold.compiler.cli.data import open_data
 from splitfold.compiler.cli.options import DebugOption, first_feeds
 from splitfold.compiler.cli.output import out, table
+from splitfold.compiler.cli.run_options import BatchOption, RunsOption, ThreadsOption
 from splitfold.compiler.debug.profile.times import ModelTime, Profile, ProfileRow, RowTime, profile
 from splitfold.runtime.model_file import model_path, read_model
 
@@ -32,14 +33,9 @@ def profile_command(
         typer.Argument(metavar="OTHER", help="A second one, shown beside it: what PATH became."),
     ] = None,
     data: DataOption = None,
-    batch: Annotated[
-        int,
-        typer.Option("--batch", min=1, help="Samples a run, where --data is one .npz and the batch is free."),
-    ] = 1,
-    threads: Annotated[
-        int, typer.Option("--threads", min=0, help="Threads of the runtime; 0 is its own choice.")
-    ] = 0,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each model.")] = 30,
+    batch: BatchOption = 1,
+    threads: ThreadsOption = 0,
+    runs: RunsOption = 30,
     top: Annotated[int, typer.Option("--top", min=1, help="Layers that are shown, the slowest first.")] = 25,
     everything: Annotated[
         bool, typer.Option("--all", help="Show every layer, in the order in which the model runs.")
