@@ -9,6 +9,7 @@ import onnx_ir as ir
 from splitfold.passes.channels import FREE, Marks
 from splitfold.passes.foldable import ScaleGroup
 from splitfold.passes.scale_region import Parameter, Region
+from splitfold.passes.scaled_tensor import scaled_tensor
 from splitfold.passes.values import add_initializer, constant, drop_initializer, emit, rename
 from splitfold.runtime.feeds import Array
 
@@ -32,22 +33,27 @@ def fold(model: ir.Model, region: Region, scales: Array) -> None:
         raise ValueError(f"{region.name}: {scales.shape} scales for {region.scales}")
     if not (np.isfinite(scales).all() and (scales > 0).all()):
         raise ValueError(f"{region.name}: scales must be positive and finite")
+    made: dict[_Key, ir.Value] = {}
     for parameter in region.parameters:
-        _scale(parameter, scales)
+        _scale(parameter, scales, made)
     for value in region.values:
         rename(value, f"{value.name}_scaled")
 
 
-def _scale(parameter: Parameter, scales: Array) -> None:
+_Key = tuple[ir.Value, tuple[int, ...], bytes, bool]
+
+
+def _scale(parameter: Parameter, scales: Array, made: dict[_Key, ir.Value]) -> None:
+    """Scale one parameter; nodes that share it and its marks share the scaled one, kept in `made`."""
     value = parameter.node.inputs[parameter.index]
     tensor, graph = constant(value), parameter.node.graph
     if value is None or tensor is None or graph is None:
         raise ValueError(f"{parameter.node.name}: parameter {parameter.index} is not constant")
-    array = np.asarray(tensor.numpy())
-    spread = _spread(parameter.marks, scales)
-    changed = array / spread if parameter.divides else array * spread
-    held = add_initializer(value.graph or graph, f"{value.name}_folded", changed.astype(array.dtype))
-    parameter.node.replace_input_with(parameter.index, held)
+    key = (value, parameter.marks.shape, parameter.marks.tobytes(), parameter.divides)
+    if key not in made:
+        changed = scaled_tensor(tensor, _spread(parameter.marks, scales), divide=parameter.divides)
+        made[key] = add_initializer(value.graph or graph, f"{value.name}_folded", changed)
+    parameter.node.replace_input_with(parameter.index, made[key])
     drop_initializer(value)
 
 
@@ -84,9 +90,15 @@ def multiply_input(group: ScaleGroup, scales: Array) -> ir.Value:
     inner = emit(first.node, "Mul", [value, inverse], names=[f"{value.name}_scaled_in"], like=value)
     if inner.shape is not None:
         inner.shape = ir.Shape([*inner.shape[:-1], factor.size])
+    made: dict[ir.Value, ir.Value] = {}
     for layer in group.readers:
-        weight = (layer.weight_array() * factor[:, None]).astype(np.float32)
-        layer.node.replace_input_with(1, add_initializer(graph, f"{layer.weight.name}_folded", weight))
+        tensor = constant(layer.weight)
+        if tensor is None:
+            raise ValueError(f"{layer.name}: the weight is not a constant")
+        if layer.weight not in made:
+            scaled = scaled_tensor(tensor, factor[:, None])
+            made[layer.weight] = add_initializer(graph, f"{layer.weight.name}_folded", scaled)
+        layer.node.replace_input_with(1, made[layer.weight])
         layer.node.replace_input_with(0, inner)
         drop_initializer(layer.weight)
     return inner
