@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping
 
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.errors import SpecError
-from splitfold.passes.fold_scales import FoldScalesPass
+from splitfold.passes.fold_scales import FoldScalesPass, ScaleMethod
 from splitfold.passes.pipeline import Pipeline
 from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
-from splitfold.passes.quantize_weights import QuantizeWeightsPass
+from splitfold.passes.quantize_weights import QuantizeWeightsPass, WeightMethod
 from splitfold.passes.static_int8 import StaticForm
 from splitfold.passes.unfuse_norms import UnfuseNormsPass
 from splitfold.runtime.errors import did_you_mean
 
-__all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "preset"]
+__all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "low_bit", "preset"]
 
 _STATIC_SQNR = 20.0
 """dB below which a layer's static form is not taken."""
 _DYNAMIC_SQNR = 15.0
 """dB below which a layer stays in float: what a per-tensor grid cannot hold either way."""
+_LOW_BITS = 3
 
 
 def exact() -> Pipeline:
@@ -63,11 +64,24 @@ def int4() -> Pipeline:
     return Pipeline.of(CanonicalizePass(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass())
 
 
+def low_bit() -> Pipeline:
+    """Return 3-bit weights in blocks of 32: AWQ's scales first, then GPTQ.
+
+    Needs calibration data. They are stored in 4 bits, for which the CPU provider has a kernel.
+    """
+    return Pipeline.of(
+        CanonicalizePass(),
+        FoldScalesPass(method=ScaleMethod.AWQ, bits=_LOW_BITS),
+        QuantizeWeightsPass(method=WeightMethod.GPTQ, bits=_LOW_BITS, act_order=True),
+    )
+
+
 PRESETS: Mapping[str, Callable[[], Pipeline]] = {
     "exact": exact,
     "int8": int8,
     "int8-dynamic": int8_dynamic,
     "int4": int4,
+    "low-bit": low_bit,
 }
 
 

@@ -1,164 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-bit weights of all-MiniLM-L6-v2 and stories260K by every method, the same calibration data for all.
+"""Low-bit weights by every method, and static int8 by every way to scale, the same calibration data for all.
 
-    python -m splitfold.examples.benchmarks.weight_methods [--seeds 3] [--quick]
+    python -m splitfold.examples.benchmarks.weight_methods [--seeds 3] [--quick] [--char-gpt char_gpt.onnx]
+        [--peers folder]
 
-A seed draws the calibration sentences. Each row is the mean over seeds, with the spread, of the cosine to the
-float model's embeddings on STS-Benchmark dev (or of the perplexity), and the seconds.
+The models are all-MiniLM-L6-v2 on STS-Benchmark dev, stories260K on TinyStories, and the character GPT of
+`examples/training/char_gpt.py`, which is trained first (14 minutes) where no file is given. A seed draws the
+calibration data. Each row is the mean over seeds with the spread (highest minus lowest), and the seconds
+that the passes took.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from splitfold.compiler import Tolerance, compile
-from splitfold.examples.benchmarks import data
-from splitfold.examples.benchmarks.data import Feeds
-from splitfold.examples.benchmarks.minilm import Encoder, capture, embed, spearman
 from splitfold.examples.benchmarks.report import Report, arguments, open_bare, say
-from splitfold.examples.benchmarks.stories import Tokenizer, perplexity
+from splitfold.examples.benchmarks.weight_peers import Environment, peer_rows
+from splitfold.examples.benchmarks.weight_subjects import BitFormat, Subject, char_gpt, minilm, stories
 from splitfold.passes.pipeline import Pipeline
 
-SENTENCES = 1024
-BATCH = 16
-OPENINGS = 60
-TOKENS = 200
-SCALES = "fold-scales{{method=awq,bits={bits},block={block}}},"
+AWQ = "fold-scales{{method=awq,bits={bits},block={block}}}"
+SMOOTH = "fold-scales{{min-gain=-100}}"
+WEIGHTS = "quantize-weights{{method={method},bits={bits},block={block}}}"
+RTN = "rtn"
+BEST_AWQ = "awq scales and clip"
 METHODS = {
-    "rtn": "quantize-weights{{bits={bits},block={block}}}",
-    "mse": "quantize-weights{{method=mse,bits={bits},block={block}}}",
-    "awq scales": SCALES + "quantize-weights{{bits={bits},block={block}}}",
-    "awq scales and clip": SCALES + "quantize-weights{{method=awq,bits={bits},block={block}}}",
-    "gptq": "quantize-weights{{method=gptq,bits={bits},block={block}}}",
-    "gptq, act-order": "quantize-weights{{method=gptq,act-order=true,bits={bits},block={block}}}",
+    RTN: ("", "rtn"),
+    "mse": ("", "mse"),
+    "smoothquant, rtn": (SMOOTH, "rtn"),
+    "awq scales": (AWQ, "rtn"),
+    BEST_AWQ: (AWQ, "awq"),
+    "gptq": ("", "gptq"),
+    "gptq, act-order": ("", "gptq,act-order=true"),
+    "awq scales, gptq, act-order": (AWQ, "gptq,act-order=true"),
 }
-DUAL = "quantize-weights{{method=dgq,bits={bits},block={block}}}"
+"""Method of quantize-weights, and what is folded before it."""
+DUAL = "dgq"
+DUAL_FORMATS = (BitFormat(4, 32), BitFormat(4, 128), BitFormat(3, 128))
+WITHOUT_DATA = (RTN, "mse")
+STATIC = {
+    "no scales": "",
+    "smoothquant, alpha 0.5": "fold-scales{alpha=0.5}",
+    "smoothquant": "fold-scales",
+    "smoothquant, alpha 0.8": "fold-scales{alpha=0.8}",
+    "dgq percentile": "fold-scales{method=dgq}",
+    "awq scales": "fold-scales{method=awq,bits=8}",
+    "repq": "fold-scales{method=repq}",
+}
+STATIC_AIM = 0.997
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One model: how its calibration data is drawn, and what is measured of a file, by name."""
+class Row:
+    """What one pipeline gave: numbers by name, one a seed; seconds of its passes, one a seed."""
 
-    name: str
-    model: Path
-    calibration: Callable[[int], Sequence[Feeds]]
-    measure: Callable[[Any], dict[str, float]]
-    formats: tuple[tuple[int, int], ...]
+    found: Mapping[str, list[float]]
+    seconds: list[float]
 
+    def first(self) -> tuple[str, float]:
+        """The measure that decides, and its mean."""
+        name, values = next(iter(self.found.items()))
+        return name, float(np.mean(values))
 
-def minilm(folder: Path, quick: bool) -> Subject:
-    """MiniLM on STS-Benchmark dev."""
-    encoder, pairs = Encoder(), data.stsb("dev")
-    model = capture(encoder, folder / "minilm.onnx")
-    texts = data.stsb("train").sentences
-    held_out = encoder.batches(pairs.sentences, 32)
-    reference = embed(open_bare(model), held_out)
-
-    def calibration(seed: int) -> Sequence[Feeds]:
-        picks = np.random.default_rng(seed).permutation(len(texts))[:SENTENCES]
-        return encoder.batches([texts[pick] for pick in picks], BATCH)
-
-    def measure(session: Any) -> dict[str, float]:
-        found = embed(session, held_out)
-        return {"cosine": float((found * reference).sum(1).mean()), "Spearman": spearman(found, pairs)}
-
-    formats = (
-        ((4, 32), (3, 32), (2, 32)) if quick else ((4, 32), (4, 128), (3, 32), (3, 128), (2, 32), (2, 128))
-    )
-    return Subject("MiniLM", model, calibration, measure, formats)
+    def __str__(self) -> str:
+        words = [
+            f"{what} {np.mean(v):.4f}" + (f" ({np.ptp(v):.4f})" if len(v) > 1 else "")
+            for what, v in self.found.items()
+        ]
+        return f"{', '.join(words)}; {np.mean(self.seconds):.1f} s"
 
 
-def stories() -> Subject:
-    """stories260K on openings that are not calibrated on."""
-    tokenizer = Tokenizer.read(data.model("stories260K_tok512.bin"))
-    texts = data.stories(3 * OPENINGS)
-    ids = [np.array(tokenizer.encode(text)[:TOKENS], np.int64) for text in texts]
+@dataclass
+class Bench:
+    """Compiles and measures one model; a folded model is made once for all that quantize it."""
 
-    def calibration(seed: int) -> Sequence[Feeds]:
-        picks = OPENINGS + np.random.default_rng(seed).permutation(len(ids) - OPENINGS)[:OPENINGS]
-        return [{"ids": ids[pick][None]} for pick in picks]
+    subject: Subject
+    seeds: int
+    folder: Path
+    folded: dict[tuple[str, int], tuple[Path, float]] = field(default_factory=dict)
 
-    def measure(session: Any) -> dict[str, float]:
-        return {"perplexity": perplexity(session, ids[:OPENINGS])}
-
-    return Subject("stories260K", data.model("stories260K.onnx"), calibration, measure, ((4, 32), (3, 32)))
-
-
-def measured(
-    subject: Subject, text: str, seeds: int, folder: Path
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Return by name what was measured, one number a seed, and the seconds."""
-    found: dict[str, list[float]] = {}
-    seconds = []
-    for seed in range(seeds):
-        batches = subject.calibration(seed)
-        start = time.perf_counter()
+    def compiled(self, model: Path, text: str, seed: int, file: Path) -> tuple[Path, float]:
+        """Compile `model` by the pipeline `text` with the data of `seed`; return the file and the seconds."""
         artifact = compile(
-            subject.model,
-            calibration=batches,
-            pipeline=Pipeline.parse(f"canonicalize,{text}"),
+            model,
+            calibration=self.subject.calibration(seed),
+            pipeline=Pipeline.parse(text),
             tolerance=Tolerance(cosine=None),
             reproducers=None,
         )
-        seconds.append(time.perf_counter() - start)
-        file = artifact.save_model(folder / "quantized.onnx")
-        for name, value in subject.measure(open_bare(file)).items():
-            found.setdefault(name, []).append(value)
-        notes = [note for record in artifact.records for note in record.notes if "bits a weight" in note]
-        say(f"{subject.name} {text} seed {seed}: {found} {notes[0] if notes else ''}")
-    return found, seconds
+        return artifact.save_model(file), sum(record.seconds for record in artifact.records)
 
-
-def rows(subject: Subject, seeds: int, folder: Path, report: Report) -> None:
-    """Add the rows of one model; at 3 bits AWQ's scales and clip must beat rounding to nearest."""
-    for bits, block in subject.formats:
-        methods = METHODS | ({"dgq": DUAL} if bits == 4 and block == 128 else {})
-        results = {}
-        for name, template in methods.items():
-            text = template.format(bits=bits, block=block)
-            found, seconds = measured(subject, text, 1 if name in ("rtn", "mse") else seeds, folder)
-            results[name] = found
-            words = [f"{what} {np.mean(v):.4f} ({np.ptp(v):.4f})" for what, v in found.items()]
-            report.note(
-                f"{subject.name} W{bits} block {block}: {name}",
-                f"{', '.join(words)}; {np.mean(seconds):.1f} s",
+    def scaled(self, scales: str, seed: int) -> tuple[Path, float]:
+        """The model with scales folded, and the seconds that took."""
+        if not scales:
+            return self.subject.model, 0.0
+        if (scales, seed) not in self.folded:
+            file = self.folder / f"{self.subject.name}-folded-{len(self.folded)}.onnx"
+            self.folded[scales, seed] = self.compiled(
+                self.subject.model, f"canonicalize,{scales}", seed, file
             )
-        if bits == 3:
-            _compared(subject, block, results, report)
+        return self.folded[scales, seed]
+
+    def row(self, scales: str, quantize: str, seeds: int) -> Row:
+        """Fold, quantize and measure, once a seed."""
+        found: dict[str, list[float]] = {}
+        seconds = []
+        for seed in range(seeds):
+            base, spent = self.scaled(scales, seed)
+            file, more = self.compiled(base, f"canonicalize,{quantize}", seed, self.folder / "quantized.onnx")
+            seconds.append(spent + more)
+            for name, value in self.subject.measure(open_bare(file)).items():
+                found.setdefault(name, []).append(value)
+        row = Row(found, seconds)
+        say(f"{self.subject.name} {scales} {quantize}: {row}")
+        return row
 
 
-def _compared(
-    subject: Subject, block: int, results: dict[str, dict[str, list[float]]], report: Report
-) -> None:
-    what = next(iter(results["rtn"]))
-    ours, plain = (float(np.mean(results[name][what])) for name in ("awq scales and clip", "rtn"))
-    report.check(
-        f"{subject.name} W3 block {block}: awq scales and clip against rtn",
-        ours,
-        plain,
-        most=what == "perplexity",
-    )
+def weight_rows(bench: Bench, form: BitFormat, report: Report) -> None:
+    """Rows of one format; at 3 bits AWQ's scales and clip must beat rounding to nearest."""
+    methods = METHODS | ({"dgq": ("", DUAL)} if form in DUAL_FORMATS else {})
+    rows = {}
+    for name, (scales, method) in methods.items():
+        numbers = {"bits": form.bits, "block": form.block}
+        quantize = WEIGHTS.format(method=method, **numbers)
+        seeds = 1 if name in WITHOUT_DATA else bench.seeds
+        rows[name] = bench.row(scales.format(**numbers), quantize, seeds)
+        report.note(f"{bench.subject.name} {form}: {name}", str(rows[name]))
+    if form.bits == 3:
+        (what, ours), (_, plain) = rows[BEST_AWQ].first(), rows[RTN].first()
+        label = f"{bench.subject.name} {form}: {BEST_AWQ} against {RTN}"
+        report.check(label, ours, plain, most=what == "perplexity")
+
+
+def static_rows(bench: Bench, report: Report) -> None:
+    """Rows of static int8: one grid for each activation, weights per channel."""
+    for name, scales in STATIC.items():
+        row = bench.row(scales, "quantize-activations", bench.seeds)
+        report.note(f"{bench.subject.name} W8A8 static: {name}", str(row))
+        if name == "smoothquant":
+            report.check(f"{bench.subject.name} W8A8: {name}, cosine", row.first()[1], STATIC_AIM, form=".5f")
+
+
+def trained(folder: Path) -> Path:
+    """Train the character GPT and return its file."""
+    file = folder / "char_gpt.onnx"
+    command = [sys.executable, "-m", "splitfold.examples.training.char_gpt", "-o", str(file)]
+    subprocess.run(command, check=True)
+    return file
 
 
 def main() -> int:
     """Print the table."""
     options = arguments(
         __doc__,
-        ("--quick", {"action": "store_true", "help": "block 32 only"}),
+        ("--quick", {"action": "store_true", "help": "MiniLM in blocks of 32 only"}),
         ("--seeds", {"type": int, "default": 3, "help": "draws of the calibration data"}),
+        ("--char-gpt", {"type": Path, "help": "the character GPT; without it one is trained"}),
+        ("--peers", {"type": Path, "help": "other tools too, in an environment made in this folder"}),
     )
     report = Report(f"Low-bit weights, {options.seeds} draws of calibration data; mean (spread)")
+    peers = None if options.peers is None else Environment.made(options.peers, report)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for subject in (stories(), minilm(folder, options.quick)):
-            rows(subject, options.seeds, folder, report)
+        gpt = options.char_gpt or trained(folder)
+        for subject in (stories(), char_gpt(gpt), minilm(folder, options.quick)):
+            bench = Bench(subject, options.seeds, folder)
+            found = subject.measure(open_bare(subject.model))
+            report.note(f"{subject.name} fp32", ", ".join(f"{what} {v:.4f}" for what, v in found.items()))
+            if subject.static:
+                static_rows(bench, report)
+            for form in subject.formats:
+                weight_rows(bench, form, report)
+                if peers is not None:
+                    peer_rows(subject, form, peers, report)
     return int(report.finish() > 0)
 
 
