@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -14,7 +14,12 @@ __all__ = ["accurate_layers", "candidate_layers"]
 
 
 def candidate_layers(
-    step: LayerPass, model: ir.Model, findings: Findings, reason_against: Callable[[Layer], str | None]
+    step: LayerPass,
+    model: ir.Model,
+    findings: Findings,
+    reason_against: Callable[[Layer], str | None],
+    *,
+    others: Iterable[str] = (),
 ) -> list[Layer]:
     """Return the MatMul, Gemm and Conv layers that `step` may take up, and record why it takes up none of the
     others.
@@ -24,18 +29,19 @@ def candidate_layers(
         model: model to look through, subgraphs included.
         findings: where the skipped layers go.
         reason_against: why a layer does not fit the pass's carrier, or None.
+        others: names of what the pass takes up besides, which the user's patterns may mean too.
 
     Raises:
         SpecError: a pattern of the user matches no layer.
     """
     layers, refused = find_layers(model)
-    step.check_patterns([*(layer.name for layer in layers), *(name for name, _ in refused)])
+    step.check_patterns([*(layer.name for layer in layers), *(name for name, _ in refused), *others])
     findings.skipped.extend(refused)
     kept = []
     for layer in layers:
         if layer.kind is LayerKind.EMBEDDING:
             continue
-        reason = step.unwanted(layer.name) or reason_against(layer)
+        reason = step.unwanted(layer.name, layer.address) or reason_against(layer)
         if reason is None:
             kept.append(layer)
         else:

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrators: which interval of a value's seen distribution its 8-bit grid covers."""
+"""Calibrators: which interval of a value's seen distribution its grid of few bits covers."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from splitfold.passes.affine import activation_grid
+from splitfold.passes.bit_grid import bit_grid
 from splitfold.runtime.feeds import Array
 
 __all__ = ["BINS", "ActivationStats", "Calibrator", "activation_range"]
 
 BINS = 2048
+_SEARCHED = (99.8, 99.98, 99.998)
+"""Shares in percent that PERCENTILE_SEARCH may keep: RepQ-ViT's quantiles .999, .9999 and .99999 and their
+mirrors."""
 
 
 class Calibrator(enum.Enum):
@@ -22,13 +26,14 @@ class Calibrator(enum.Enum):
     MINMAX = "minmax"
     MOVING_AVERAGE = "moving-average"
     PERCENTILE = "percentile"
+    PERCENTILE_SEARCH = "percentile-search"
     MSE = "mse"
     ENTROPY = "entropy"
 
     @property
     def needs_histogram(self) -> bool:
         """Whether a second walk over the data fills a histogram."""
-        return self in (Calibrator.PERCENTILE, Calibrator.MSE, Calibrator.ENTROPY)
+        return self not in (Calibrator.MINMAX, Calibrator.MOVING_AVERAGE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class ActivationStats:
     histogram: Array | None = None
 
     def unholdable(self) -> str | None:
-        """Return why no 8-bit grid can hold the value (a mask's -inf or -3.4e38, say), or None."""
+        """Return why no grid of few bits can hold the value (a mask's -inf or -3.4e38, say), or None."""
         if not self.count:
             return "calibration never saw an element of it"
         if not self.finite:
@@ -67,7 +72,7 @@ class ActivationStats:
 
 
 def activation_range(
-    stats: ActivationStats, calibrator: Calibrator, *, percentile: float = 99.999
+    stats: ActivationStats, calibrator: Calibrator, *, percentile: float = 99.999, bits: int = 8
 ) -> tuple[float, float]:
     """Return (low, high) of the interval that `calibrator` keeps.
 
@@ -76,6 +81,7 @@ def activation_range(
         calibrator: which rule.
         percentile: of PERCENTILE: the share in percent of the elements kept, the rest cut evenly from both
             tails.
+        bits: of the grid that the interval is for.
     """
     if calibrator is Calibrator.MOVING_AVERAGE:
         return stats.average_low, stats.average_high
@@ -84,7 +90,10 @@ def activation_range(
     edges = np.linspace(stats.low, stats.high, BINS + 1)
     if calibrator is Calibrator.PERCENTILE:
         return _percentile(stats.histogram, edges, percentile)
-    return (_least_squares if calibrator is Calibrator.MSE else _entropy)(stats.histogram, edges)
+    if calibrator is Calibrator.PERCENTILE_SEARCH:
+        kept = (_percentile(stats.histogram, edges, share) for share in _SEARCHED)
+        return min(kept, key=_squared_error(stats.histogram, edges, bits))
+    return (_least_squares if calibrator is Calibrator.MSE else _entropy)(stats.histogram, edges, bits)
 
 
 def _percentile(histogram: Array, edges: Array, percentile: float) -> tuple[float, float]:
@@ -95,17 +104,23 @@ def _percentile(histogram: Array, edges: Array, percentile: float) -> tuple[floa
     return float(low), float(high)
 
 
-def _least_squares(histogram: Array, edges: Array) -> tuple[float, float]:
-    """Return the interval with the least mean squared error of the round trip, by coordinate descent over
-    both ends."""
+def _squared_error(histogram: Array, edges: Array, bits: int) -> Callable[[tuple[float, float]], float]:
+    """Return the squared error of the round trip over the grid of an interval, summed over the histogram."""
     centers = (edges[:-1] + edges[1:]) / 2
-    low, high = float(edges[0]), float(edges[-1])
-    shrink = np.linspace(1.0, 0.1, 46)
 
     def error(interval: tuple[float, float]) -> float:
-        difference = activation_grid(*interval).round_trip(centers) - centers
+        difference = bit_grid(*interval, bits).round_trip(centers) - centers
         return float(np.dot(histogram, np.square(difference)))
 
+    return error
+
+
+def _least_squares(histogram: Array, edges: Array, bits: int) -> tuple[float, float]:
+    """Return the interval with the least mean squared error of the round trip, by coordinate descent over
+    both ends."""
+    error = _squared_error(histogram, edges, bits)
+    low, high = float(edges[0]), float(edges[-1])
+    shrink = np.linspace(1.0, 0.1, 46)
     best = (low, high)
     for _ in range(2):
         best = min(((low * s, best[1]) for s in shrink), key=error) if low < 0 else best
@@ -113,8 +128,8 @@ def _least_squares(histogram: Array, edges: Array) -> tuple[float, float]:
     return best
 
 
-def _entropy(histogram: Array, edges: Array) -> tuple[float, float]:
-    """Return the interval whose 256-level histogram has the least Kullback-Leibler divergence from the
+def _entropy(histogram: Array, edges: Array, bits: int) -> tuple[float, float]:
+    """Return the interval whose histogram of 2^bits levels has the least Kullback-Leibler divergence from the
     clipped one.
 
     TensorRT's rule (Migacz, 2017), with both ends shrunk in the same proportion so that it serves skewed
@@ -124,7 +139,7 @@ def _entropy(histogram: Array, edges: Array) -> tuple[float, float]:
     centers = (edges[:-1] + edges[1:]) / 2
     histogram = _without_zero_spike(histogram, edges)
     factors = np.linspace(1.0, 0.1, 91)
-    scores = [_divergence(histogram, (centers >= low * f) & (centers <= high * f)) for f in factors]
+    scores = [_divergence(histogram, (centers >= low * f) & (centers <= high * f), 2**bits) for f in factors]
     best = float(factors[int(np.argmin(scores))])
     return low * best, high * best
 
@@ -137,15 +152,15 @@ def _without_zero_spike(histogram: Array, edges: Array) -> Array:
     return even
 
 
-def _divergence(histogram: Array, kept: Array) -> float:
+def _divergence(histogram: Array, kept: Array, count: int) -> float:
     inside = np.flatnonzero(kept)
-    if inside.size < 256:
+    if inside.size < count:
         return float("inf")
     reference = histogram[inside[0] : inside[-1] + 1].astype(np.float64)
-    levels = np.arange(reference.size) * 256 // reference.size
+    levels = np.arange(reference.size) * count // reference.size
     filled = reference > 0
-    total = np.bincount(levels, weights=reference, minlength=256)
-    members = np.bincount(levels, weights=filled, minlength=256)
+    total = np.bincount(levels, weights=reference, minlength=count)
+    members = np.bincount(levels, weights=filled, minlength=count)
     quantized = np.where(filled, (total / np.maximum(members, 1))[levels], 0.0)
     reference[0] += histogram[: inside[0]].sum()
     reference[-1] += histogram[inside[-1] + 1 :].sum()

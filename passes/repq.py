@@ -3,8 +3,9 @@
 next layers, so that one grid for the whole tensor gives the same codes.
 
 Li et al., ICCV 2023, section 3.2: r = s / s~, b = s~ (z~ - z); gamma / r, beta / r - b, W diag(r), bias + W
-b. Their z~ stays fractional; here it is rounded, as an ONNX zero point must be, and the identity still holds:
-every code is the code of the channel's own grid.
+b. A zero point of an ONNX grid is a whole number, so z~ is rounded here. The channels' own z are not: every
+channel fills [-s~ z~, s~ (2^bits - 1 - z~)] exactly, and the min-max grid of the folded tensor is s~, z~. The
+identity holds all the same: every code is the code of the channel's own grid, round(x / s + z).
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ def reparameterise(low: Array, high: Array, bits: int) -> Reparameterisation:
     """Return the reparameterisation of channels that span [low, high], [channels] each.
 
     A channel that is constant gets a scale of at least 1e-8 times the mean; every interval is widened to hold
-    zero, as for any grid of ours.
+    zero, as for any grid of ours. The zero points -low / s of the channels are fractional.
     """
     low, high = np.minimum(np.asarray(low, np.float64), 0), np.maximum(np.asarray(high, np.float64), 0)
     top = 2**bits - 1
     scales = (high - low) / top
     mean = float(scales.mean())
     scales = np.maximum(scales, _LEAST * mean if mean > 0 else 1.0)
-    zeros = np.clip(np.rint(-low / scales), 0, top)
+    zeros = -low / scales
     scale, zero = float(scales.mean()), int(np.rint(zeros.mean()))
     ratio = (scales / scale).astype(np.float32)
     return Reparameterisation(ratio, (scale * (zero - zeros)).astype(np.float32), scale, zero)

@@ -8,7 +8,6 @@ import onnx_ir as ir
 import pytest
 from seeded import parse_graph
 
-from splitfold.passes.affine import activation_grid
 from splitfold.passes.base import Context, Findings
 from splitfold.passes.canonicalize import name_all
 from splitfold.passes.pipeline import Pipeline
@@ -56,8 +55,7 @@ def test_every_code_is_the_code_of_its_own_channel() -> None:
     for bits in (4, 6, 8):
         top = 2**bits - 1
         scales = (high - low) / top
-        zeros = np.rint(-low / scales)
-        own = np.clip(np.rint(x / scales) + zeros, 0, top)
+        own = np.clip(np.rint(x / scales - low / scales), 0, top)
         found = reparameterise(low, high, bits)
         moved = x / found.ratio.astype(np.float64) - found.shift
         codes = np.clip(np.rint(moved / found.scale + found.zero_point), 0, top)
@@ -91,7 +89,7 @@ def test_one_grid_gives_the_codes_of_the_channel_grids() -> None:
     n = Session(model, optimization=Optimization.OFF).run(feeds, ["n"])["n"].astype(np.float64)
     low, high = np.minimum(n.min(0), 0), np.maximum(n.max(0), 0)
     scales = (high - low) / 15
-    own = np.clip(np.rint(n / scales) + np.rint(-low / scales), 0, 15)
+    own = np.clip(np.rint(n / scales - low / scales), 0, 15)
     Pipeline.parse("fold-scales{method=repq,bits=4}").run(model, Context(calibration=Calibration.of([feeds])))
     norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
     name = norm.outputs[0].name or ""
@@ -101,18 +99,38 @@ def test_one_grid_gives_the_codes_of_the_channel_grids() -> None:
     assert (own == codes).mean() > 0.999
 
 
-def test_the_tensor_grid_of_eight_bits_is_what_calibration_finds_afterwards() -> None:
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_the_simulation_afterwards_takes_the_tensor_grid_of_the_fold(bits: int) -> None:
+    """Min-max calibration finds s~ and z~, and the codes are those of the channels' own grids."""
+    model = model_of(TAILS["gemm"])
+    feeds = {"x": RNG.standard_normal((500, 16)).astype(np.float32)}
+    n = Session(model, optimization=Optimization.OFF).run(feeds, ["n"])["n"].astype(np.float64)
+    found = reparameterise(n.min(0), n.max(0), bits)
+    own = np.rint((n - np.minimum(n.min(0), 0)) * (2**bits - 1) / np.ptp(np.r_[n, np.zeros((1, 16))], axis=0))
+    Pipeline.parse(
+        f"fold-scales{{method=repq,bits={bits}}},simulate-quantization{{weights=none,activations={bits}}}"
+    ).run(model, Context(calibration=Calibration.of([feeds])))
+    codes = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    scale, zero = (value.const_value.numpy() for value in codes.inputs[1:] if value and value.const_value)
+    assert float(scale) == pytest.approx(found.scale, rel=1e-5)
+    assert int(zero) == found.zero_point
+    name = codes.outputs[0].name or ""
+    seen = Session(model, optimization=Optimization.OFF).run(feeds, [name])[name]
+    assert (own == seen).mean() > 0.999  # float32 moves a few ties
+
+
+def test_static_int8_afterwards_takes_the_tensor_grid_of_the_fold() -> None:
     model = model_of(TAILS["gemm"])
     feeds = {"x": RNG.standard_normal((500, 16)).astype(np.float32)}
     n = Session(model, optimization=Optimization.OFF).run(feeds, ["n"])["n"]
     found = reparameterise(n.min(0), n.max(0), 8)
-    Pipeline.parse("fold-scales{method=repq}").run(model, Context(calibration=Calibration.of([feeds])))
-    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
-    name = norm.outputs[0].name or ""
-    moved = Session(model, optimization=Optimization.OFF).run(feeds, [name])[name]
-    grid = activation_grid(float(moved.min()), float(moved.max()))
-    assert float(grid.scale) == pytest.approx(found.scale, rel=0.01)
-    assert abs(int(grid.zero_point) - found.zero_point) <= 1
+    Pipeline.parse("fold-scales{method=repq},quantize-activations").run(
+        model, Context(calibration=Calibration.of([feeds]))
+    )
+    codes = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    scale, zero = (value.const_value.numpy() for value in codes.inputs[1:] if value and value.const_value)
+    assert float(scale) == pytest.approx(found.scale, rel=1e-5)
+    assert int(zero) == found.zero_point
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,8 @@ def float_reason(steps: Sequence[PassStep], manifest: Mapping[str, Any]) -> str:
     later = [step for step in steps if step.action is Action.APPLIED and not step.lossy]
     if later and any(step.action is Action.APPLIED for step in quantizing):
         return f"{later[-1].name}: {later[-1].text}"
+    if applied := [f"{step.name}: {step.text}" for step in quantizing if step.action is Action.APPLIED]:
+        return "; ".join(applied)  # a simulation, whose weights are still floats
     return "no quantizing pass took it up: " + "; ".join(
         f"{step.name} takes up {step.text.removeprefix('it takes up ')}" for step in quantizing
     )
