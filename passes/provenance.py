@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-__all__ = ["VALUES_KEY", "anchors", "mark_new", "stand_in", "stands_for"]
+__all__ = ["VALUES_KEY", "anchors", "mark_new", "stand_for", "stand_in", "stands_for"]
 
 VALUES_KEY = "splitfold.values"
 
@@ -33,6 +33,11 @@ def stands_for(value: ir.Value) -> str | None:
 def stand_in(new: ir.Value, old: ir.Value) -> None:
     """Record that `new` takes the place of `old`: it stands for what `old` stood for."""
     _record(new, stands_for(old))
+
+
+def stand_for(value: ir.Value, name: str) -> None:
+    """Record that `value` stands for what is called `name`: a part of an original value, say."""
+    _record(value, name)
 
 
 def mark_new(value: ir.Value) -> None:

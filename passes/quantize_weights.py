@@ -14,6 +14,7 @@ from splitfold.passes.activations import activation_stats, required_calibration
 from splitfold.passes.affine import ActivationGrid, BlockQuantized, activation_grid
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.block_grid import BlockLayout
+from splitfold.passes.branches import covers_again
 from splitfold.passes.candidates import candidate_layers
 from splitfold.passes.carriers import Carried, carry_blocks, carry_blocks_qdq
 from splitfold.passes.dgq import DualGrained
@@ -211,13 +212,14 @@ class QuantizeWeightsPass(LayerPass):
         for layer in (layer.current() for layer in layers):
             found = rounded[layer.weight]
             weight = found.weight()
+            counted = not covers_again(layer.node)
             carried, replaced = self._carry(layer, weight, int8)
             replace_value(replaced[0].outputs[0], carried.output)
             drop_unused(replaced)
             form = f", {self.form.value}" if self.form.is_int8 else ""
             done = f"{layer.kind.value} weights in {self.bits} bits{found.how}{form}"
             findings.apply(layer.name, done, weight=carried.weight)
-            sizes[carried.weight] = _size(weight, self.form, int8.expand)
+            sizes[carried.weight] = _size(weight, self.form, int8.expand, counted=counted)
         int8.finish()
         findings.notes.append(self._bits_note(list(sizes.values())))
 
@@ -234,7 +236,8 @@ class QuantizeWeightsPass(LayerPass):
         return carried, [layer.node]
 
     def _bits_note(self, sizes: Sequence[_Size]) -> str:
-        weights = sum(size.weights for size in sizes)
+        own = [size for size in sizes if size.counted] or list(sizes)  # outliers alone: theirs
+        weights = sum(size.weights for size in own)
         bits = 8 * sum(size.stored for size in sizes) / weights
         note = f"{bits:.2f} bits a weight as stored, scales, zero points and padding included"
         if self.method is WeightMethod.DGQ:
@@ -244,15 +247,17 @@ class QuantizeWeightsPass(LayerPass):
 
 @dataclass(frozen=True)
 class _Size:
-    """Of one weight: how many weights it has, the bytes stored, and the bytes as DGQ counts them."""
+    """Of one weight: how many weights it has, whether they count (or another part of the layer counts them),
+    the bytes stored, and the bytes as DGQ counts them."""
 
     weights: int
+    counted: bool
     stored: int
     paper: float
 
 
-def _size(weight: BlockQuantized | DualGrained, form: BlockForm, expand: Expand) -> _Size:
+def _size(weight: BlockQuantized | DualGrained, form: BlockForm, expand: Expand, *, counted: bool) -> _Size:
     paper = paper_bytes(weight) if isinstance(weight, DualGrained) else 0.0
     held = weight.block_wise() if isinstance(weight, DualGrained) and not form.is_int8 else weight
     stored = stored_bytes(held, expanded=expand is Expand.OFFLINE)
-    return _Size(weight.codes.shape[0] * weight.columns, stored, paper)
+    return _Size(weight.codes.shape[0] * weight.columns, counted, stored, paper)

@@ -108,6 +108,8 @@ def _print_layer(item: LayerExplanation) -> None:
         _line("local error", f"{_decibel(item.local_db)} dB SQNR of its own output, {when}")
     if item.reason:
         _line("in float" if item.precision != "8-bit" else "why", item.reason)
+    if len(item.weights) > 1 and item.bits is not None and any(weight.branch for weight in item.weights):
+        _line("bits", f"{item.bits:.2f} bits a weight stored in {len(item.weights)} branches together")
     for weight in item.weights:
         _print_weight(weight)
     for fit in item.patterns:
@@ -121,7 +123,7 @@ def _print_layer(item: LayerExplanation) -> None:
 
 
 def _line(name: str, text: str) -> None:
-    out().print(f"  {name:<12}{text}", soft_wrap=True)
+    out().print(f"  {name:<11} {text}", soft_wrap=True)
 
 
 def _print_weight(weight: Storage) -> None:
@@ -130,7 +132,7 @@ def _print_weight(weight: Storage) -> None:
     parts += [("zero points", weight.zero_points), ("padding", weight.padding)]
     shares = [f"{name} {8 * size / weight.elements:.2f}" for name, size in parts if size]
     bias = f"; bias {weight.bias:,} bytes" if weight.bias else ""
-    _line("bits", f"{bits}: {' + '.join(shares)}){bias}")
+    _line(weight.branch or "bits", f"{bits}: {' + '.join(shares)}){bias}")
     if weight.scale_range is not None:
         low, high = weight.scale_range
         block = f", one for {weight.block} weights" if weight.block is not None else ""

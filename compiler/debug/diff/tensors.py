@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from splitfold.compiler.debug.diff.branch_weights import whole_weight
 from splitfold.compiler.debug.diff.held import Held, Role, held_by
 from splitfold.compiler.debug.diff.match import Counterparts, Side, doubtful, operator_of, pattern
 from splitfold.compiler.debug.diff.types import Kind, Moved, Rescaled, TensorChange, TensorFacts
@@ -51,6 +52,7 @@ def compare_tensors(before: Side, after: Side, pairs: Sequence[Counterparts]) ->
 
 class _Comparison:
     def __init__(self, before: Side, after: Side) -> None:
+        self._sides = (before, after)
         self.before, self.after = _initializers(before.model), _initializers(after.model)
         self.changes: list[tuple[ir.Node | None, TensorChange]] = []
         self.renamed = 0
@@ -68,7 +70,8 @@ class _Comparison:
     def by_role(self, pair: Counterparts) -> None:
         """Compare what two counterparts compute with, where one of both is a difference."""
         fused = len(pair.before) + len(pair.after) > 2
-        first, second = (_held(nodes, fused) for nodes in (pair.before, pair.after))
+        both = zip((pair.before, pair.after), self._sides, strict=True)
+        first, second = (_held(nodes, side, fused) for nodes, side in both)
         alike = operator_of(pair.before[0]) == operator_of(pair.after[0])
         for role, was in first.items():
             now = second.get(role)
@@ -126,11 +129,12 @@ def _initializers(model: ir.Model) -> dict[str, ir.Value]:
     }
 
 
-def _held(nodes: Sequence[ir.Node], fused: bool) -> dict[Role | int, Held]:
+def _held(nodes: Sequence[ir.Node], side: Side, fused: bool) -> dict[Role | int, Held]:
     found: dict[Role | int, Held] = {}
     for node in nodes:
         found = {**held_by(node, fused=fused), **found}
-    return found
+    whole = whole_weight(nodes, side) if Role.WEIGHT in found else None
+    return found if whole is None else {**found, Role.WEIGHT: whole}
 
 
 def _whole(value: ir.Value) -> Held:

@@ -91,7 +91,7 @@ class LayerExplanation:
     @property
     def bits(self) -> float | None:
         """Stored bits a weight, scales, zero points and padding included; None without weights."""
-        elements = sum(weight.elements for weight in self.weights)
+        elements = sum(weight.elements for weight in self.weights if weight.counted)
         return sum(weight.bits * weight.elements for weight in self.weights) / elements if elements else None
 
 
@@ -291,7 +291,7 @@ def _totals(model: ir.Model, stored: Iterable[Storage]) -> Totals:
     codes, bias = sum(weight.codes for weight in kept), sum(weight.bias for weight in kept)
     scales, zeros = sum(weight.scales for weight in kept), sum(weight.zero_points for weight in kept)
     return Totals(
-        elements=sum(weight.elements for weight in kept),
+        elements=sum(weight.elements for weight in kept if weight.counted),
         codes=codes,
         scales=scales,
         zero_points=zeros,

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitfold.compiler.inspection import LayerFacts, weighted_nodes
+from splitfold.passes.branches import branch_of_node, covers_again
 from splitfold.passes.values import int_attribute, sole_consumer
 
 __all__ = ["Grid", "Storage", "stored_weights"]
@@ -79,6 +80,8 @@ class Storage:
         scale_range: smallest and largest magnitude of the scales, or None for floats.
         activation: the static grid of its input, or None: float, or a range that each run finds itself.
         low_bit: whether the weight is held in integers.
+        branch: which branch of a layer that is written as several it is, such as "part 2 of 3"; else empty.
+        counted: whether its weights are not counted already: those of parallel parts are the same ones.
     """
 
     node: ir.Node
@@ -95,6 +98,8 @@ class Storage:
     scale_range: tuple[float, float] | None
     activation: Grid | None
     low_bit: bool
+    branch: str = ""
+    counted: bool = True
 
     @property
     def bits(self) -> float:
@@ -147,8 +152,25 @@ def _constants(value: ir.Value | None, role: _Role) -> Iterator[_Part]:
             yield from codes
             for operand, part in zip(producer.inputs[1:], inner[1:], strict=False):
                 yield from _constants(operand, part)
-    elif producer is not None and producer.op_type in ("Cast", "Identity", "Reshape", "Transpose"):
+    elif producer is not None and producer.op_type == "GatherElements":  # codes looked up in tables
+        yield from _constants(producer.inputs[1], role)
+        yield from _table(producer.inputs[0])
+    elif producer is not None and producer.op_type in ("Cast", "Identity", "Reshape", "Slice", "Transpose"):
         yield from _constants(producer.inputs[0], role)
+
+
+def _table(value: ir.Value | None) -> Iterator[_Part]:
+    """Yield the constants of a table (levels - zero points) * scales."""
+    product = value.producer() if value is not None else None
+    while product is not None and product.op_type == "Reshape":
+        value = product.inputs[0]
+        product = value.producer() if value is not None else None
+    if product is None or product.op_type != "Mul":
+        return
+    yield from _constants(product.inputs[1], _S)
+    centred = product.inputs[0].producer() if product.inputs[0] is not None else None
+    if centred is not None and centred.op_type == "Sub":
+        yield from _constants(centred.inputs[1], _Z)
 
 
 def _scaled(node: ir.Node) -> tuple[ir.Node, list[_Part]]:
@@ -198,6 +220,8 @@ def _storage(node: ir.Node, facts: LayerFacts, parts: list[_Part]) -> Storage:
         scale_range=_range(scales) if low_bit else None,
         activation=_activation(node),
         low_bit=low_bit,
+        branch=", ".join(str(mark) for mark in branch_of_node(node)),
+        counted=not covers_again(node),
     )
 
 

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight of a layer that a pass wrote as several branches, put together again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from splitfold.compiler.debug.diff.held import Held, Role, held_by
+from splitfold.compiler.debug.diff.match import Side
+from splitfold.passes.branches import BranchKind, branches_of
+from splitfold.passes.provenance import stands_for
+
+__all__ = ["whole_weight"]
+
+_LAST = re.compile(r"^(?P<whole>.*) \[(?P<kind>[a-z]+) (?P<number>\d+) of (?P<count>\d+)\]$")
+_FIRST = re.compile(r"^(?P<root>.*?) \[[a-z]+ \d+ of \d+\]")
+_REACH = 4
+"""Operators from the value that stands for a branch back to its product."""
+
+
+def whole_weight(nodes: Sequence[ir.Node], side: Side) -> Held | None:
+    """Return the weight that all branches of a layer hold together, or None where `nodes` compute no branch.
+
+    Args:
+        nodes: that compute a value of the layer, one of its branches among them.
+        side: their model.
+    """
+    marked = next((v for node in nodes for v in node.outputs if branches_of(v)), None)
+    root = _FIRST.match(stands_for(marked) or "") if marked is not None else None
+    return _held(root["root"], side) if root is not None else None
+
+
+def _held(name: str, side: Side) -> Held | None:
+    branches = dict(_branches(name, side))
+    if not branches:
+        return _product(name, side)
+    found = [_held(branch, side) for branch in branches]
+    parts = [held for held in found if held is not None]
+    return _joined(parts, next(iter(branches.values()))) if len(parts) == len(found) else None
+
+
+def _branches(name: str, side: Side) -> Iterator[tuple[str, BranchKind]]:
+    """Yield the branches of the value of this name, in order."""
+    for original, key in list(side.by_key):
+        match = _LAST.match(key) if original else None
+        if match is not None and match["whole"] == name:
+            yield key, BranchKind(match["kind"])
+
+
+def _product(name: str, side: Side) -> Held | None:
+    """Return the weight of the operator that makes the value, before its casts, scales and bias."""
+    node: ir.Node | None = side.by_key[(True, name)][-1]
+    for _ in range(_REACH):
+        if node is None:
+            return None
+        if (held := held_by(node).get(Role.WEIGHT)) is not None:
+            return held
+        makers = [value.producer() for value in node.inputs if value is not None]
+        node = next((maker for maker in makers if maker is not None), None)
+    return None
+
+
+def _joined(held: Sequence[Held], kind: BranchKind) -> Held:
+    first = held[0]
+    axis = max(0, first.channels[0 if kind is BranchKind.CHUNK else 1])
+
+    def numbers() -> np.ndarray:
+        arrays = [part.numbers() for part in held]
+        if kind is BranchKind.PART:
+            return np.asarray(np.sum(arrays, axis=0))
+        return np.concatenate(arrays, axis)
+
+    rest = [value for part in held[1:] for value in (part.value, *part.parts)]
+    form = ", ".join(filter(None, [first.form, f"the first of {len(held)} {kind.value}s"]))
+    return Held(first.value, (*first.parts, *rest), numbers, first.channels, form)
