@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from splitfold.passes.errors import Failure, FailureError
+from splitfold.passes.errors import BudgetError, Failure, FailureError
 from splitfold.runtime.compare import Deviation
 from splitfold.runtime.errors import SessionError, SplitfoldError
 
@@ -64,10 +64,6 @@ class OriginalFailedError(FailureError, SessionError):
     Common causes: an input that its layers do not allow, such as an index beyond a table; a fault of the
     runtime, whose message is quoted.
     """
-
-
-class BudgetError(SplitfoldError):
-    """The result misses the budget; the message says what was reached."""
 
 
 class BisectionError(SplitfoldError):

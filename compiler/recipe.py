@@ -17,6 +17,7 @@ from splitfold.passes.errors import SpecError
 from splitfold.passes.pipeline import Pipeline
 from splitfold.passes.spec import option_types, pass_from_options
 from splitfold.passes.table import PASSES
+from splitfold.passes.worded import Worded
 from splitfold.runtime.errors import did_you_mean
 
 __all__ = ["read_recipe", "recipe_text"]
@@ -67,6 +68,8 @@ def recipe_text(pipeline: Pipeline) -> str:
 def _toml(value: object) -> str:
     if isinstance(value, enum.Enum):
         value = value.value
+    if isinstance(value, Worded):
+        value = str(value)
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
     if value is None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import networkx as nx
 
-__all__ = ["Drawing", "draw_layered", "meeting_points", "tied_groups"]
+__all__ = ["Drawing", "draw_layered", "meeting_points", "minimum_cut", "tied_groups"]
 
 T = TypeVar("T", bound=Hashable)
 
@@ -194,6 +194,34 @@ def tied_groups(items: Iterable[T], ties: Iterable[tuple[T, T]]) -> list[set[T]]
     graph.add_nodes_from(items)
     graph.add_edges_from(ties)
     return [set(component) for component in nx.connected_components(graph)]
+
+
+def minimum_cut(
+    apart: Sequence[tuple[float, float]], ties: Mapping[tuple[int, int], float]
+) -> tuple[bool, ...]:
+    """Return which of two sides each item goes to, at the least total cost: False is the first.
+
+    Args:
+        apart: by item, its costs on the first and on the second side; may be negative.
+        ties: by pair of items, what it costs that they are on different sides; not negative.
+
+    Raises:
+        ValueError: a tie is negative: then no cut is the least cost.
+    """
+    if any(cost < 0 for cost in ties.values()):
+        raise ValueError("a tie has a negative cost.")
+    graph: nx.DiGraph = nx.DiGraph()
+    graph.add_nodes_from(["first", "second", *range(len(apart))])
+    for item, (first, second) in enumerate(apart):
+        least = min(first, second)
+        graph.add_edge("first", item, capacity=second - least)  # cut where the item is on the second side
+        graph.add_edge(item, "second", capacity=first - least)
+    for (one, other), cost in ties.items():
+        for start, end in ((one, other), (other, one)):
+            known = graph.edges[start, end]["capacity"] if graph.has_edge(start, end) else 0.0
+            graph.add_edge(start, end, capacity=known + cost)
+    _, (reached, _) = nx.minimum_cut(graph, "first", "second")
+    return tuple(item not in reached for item in range(len(apart)))
 
 
 def meeting_points(

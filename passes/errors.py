@@ -7,7 +7,7 @@ import enum
 
 from splitfold.runtime.errors import SplitfoldError
 
-__all__ = ["Failure", "FailureError", "PassFailedError", "SpecError"]
+__all__ = ["BudgetError", "Failure", "FailureError", "PassFailedError", "SpecError"]
 
 
 class SpecError(SplitfoldError):
@@ -17,6 +17,21 @@ class SpecError(SplitfoldError):
         type, an `exclude`
     pattern that matches no layer.
     """
+
+
+class BudgetError(SplitfoldError):
+    """The result misses the budget; the message says what was reached.
+
+    Attributes:
+        reached: the nearest to the budget that was reached, in its own unit; empty where only the message
+            says it.
+        binds: the limit that was not kept; empty likewise.
+    """
+
+    def __init__(self, message: str, *, reached: str = "", binds: str = "") -> None:
+        super().__init__(message)
+        self.reached = reached
+        self.binds = binds
 
 
 class Failure(enum.Enum):

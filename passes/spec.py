@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from splitfold.passes.base import Pass
 from splitfold.passes.errors import SpecError
+from splitfold.passes.worded import Worded
 from splitfold.runtime.errors import did_you_mean
 
 __all__ = [
@@ -155,6 +156,8 @@ def _convert(value: object, kind: object) -> object:
         return tuple(_convert(item, typing.get_args(kind)[0]) for item in items)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return _enum(value, kind)
+    if isinstance(kind, type) and issubclass(kind, Worded):
+        return value if isinstance(value, kind) else kind.parse(str(_scalar(value, str)))
     return _scalar(value, kind)
 
 
@@ -203,4 +206,6 @@ def type_text(kind: object) -> str:
         return f"a list of {type_text(typing.get_args(kind)[0])}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in kind)
+    if isinstance(kind, type) and issubclass(kind, Worded):
+        return kind.described
     return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))  # type: ignore[call-overload, no-any-return]

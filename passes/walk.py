@@ -4,7 +4,7 @@ held, and only the weights of the stretch at hand are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -24,9 +24,17 @@ class Walk:
         model: is not changed, and must not be while the walk goes on.
         batches: feeds to run it on, all held.
         target: where it runs.
+        until: names of values that are held, beyond what the model itself needs, until another is computed.
     """
 
-    def __init__(self, model: ir.Model, batches: Iterable[Feeds], target: Target) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        batches: Iterable[Feeds],
+        target: Target,
+        *,
+        until: Mapping[str, str] | None = None,
+    ) -> None:
         self._model, self._target = model, target
         self._known: list[dict[str, Array]] = [
             {name: np.asarray(array) for name, array in feeds.items()} for feeds in batches
@@ -37,6 +45,8 @@ class Walk:
         for at, node in enumerate(nodes):
             for value in read_values(node):
                 self._last[value.name or ""] = at
+        for name, other in (until or {}).items():
+            self._last[name] = max(self._last.get(name, -1), self._made[other])
 
     @property
     def batches(self) -> int:
@@ -47,6 +57,11 @@ class Walk:
     def nbytes(self) -> int:
         """Bytes of the values that are held, of all batches."""
         return sum(array.nbytes for known in self._known for array in known.values())
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the values that are held."""
+        return tuple(self._known[0]) if self._known else ()
 
     def values(self, names: Sequence[str]) -> list[dict[str, Array]]:
         """Return the values named, one dict a batch. Ask in order of execution: what only earlier nodes read

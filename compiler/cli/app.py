@@ -20,6 +20,7 @@ from splitfold.compiler.cli.inspect_command import inspect_command
 from splitfold.compiler.cli.opt_command import opt_command
 from splitfold.compiler.cli.output import out
 from splitfold.compiler.cli.passes_command import passes_command
+from splitfold.compiler.cli.plan_command import plan_command
 from splitfold.compiler.cli.profile_command import profile_command
 from splitfold.compiler.cli.replay_command import replay_command
 from splitfold.compiler.cli.report_command import report_command
@@ -66,6 +67,7 @@ def root(
 app.command("compile")(compile_command)
 app.command("opt")(opt_command)
 app.command("passes")(passes_command)
+app.command("plan")(plan_command)
 app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 app.command("diff")(diff_command)

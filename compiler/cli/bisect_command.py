@@ -20,6 +20,7 @@ from splitfold.compiler.cli.options import (
     TargetOption,
     VerboseOption,
     choose_pipeline,
+    parse_metric,
     parse_target,
     parse_tolerance,
     read_inputs,
@@ -28,9 +29,7 @@ from splitfold.compiler.cli.output import errors, say
 from splitfold.compiler.cli.run_options import ModelArgument
 from splitfold.compiler.debug.bisect.bisection import bisect
 from splitfold.compiler.debug.bisect.judge import Evaluation
-from splitfold.compiler.driver import Evaluate
-from splitfold.compiler.errors import CaptureError
-from splitfold.compiler.locate import locate_attribute, locate_data, locate_model
+from splitfold.compiler.locate import locate_data, locate_model
 from splitfold.compiler.recipe import recipe_text
 from splitfold.passes.pipeline import Pipeline
 from splitfold.runtime.errors import ArtifactError
@@ -111,7 +110,7 @@ def bisect_command(
         found = bisect(
             source.model,
             steps,
-            evaluate=None if evaluate is None else _metric(evaluate),
+            evaluate=None if evaluate is None else parse_metric(evaluate),
             drop=0.01 if drop is None else drop,
             data=None if data is None else locate_data(data),
             tolerance=limits,
@@ -143,16 +142,6 @@ def _check_options(evaluate: str | None, drop: float | None, data: str | None, t
         raise typer.BadParameter(
             "it goes with --evaluate; --data goes with --tolerance.", param_hint="--drop"
         )
-
-
-def _metric(text: str) -> Evaluate:
-    found = locate_attribute(text) if ":" in text else None
-    if not callable(found):
-        raise CaptureError(
-            f"--evaluate {text} names no function: give package.module:function, a function of a session."
-        )
-    metric: Evaluate = found
-    return metric
 
 
 def _write(pipeline: Pipeline, output: Path) -> None:

@@ -14,6 +14,9 @@ from rich.logging import RichHandler
 from splitfold.compiler.cli.group import DEBUG, usage
 from splitfold.compiler.cli.output import errors
 from splitfold.compiler.debug.snapshots import Snapshots
+from splitfold.compiler.driver import Evaluate
+from splitfold.compiler.errors import CaptureError
+from splitfold.compiler.locate import locate_attribute
 from splitfold.compiler.presets import PRESETS, preset
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.recipe import read_recipe
@@ -39,6 +42,7 @@ __all__ = [
     "VerboseOption",
     "choose_pipeline",
     "first_feeds",
+    "parse_metric",
     "parse_target",
     "parse_tolerance",
     "parse_unrealised",
@@ -184,6 +188,21 @@ def parse_tolerance(text: str | None) -> Tolerance | None:
     """Return the tolerance of ``--tolerance``, or None."""
     with usage("--tolerance"):
         return None if text is None else Tolerance.parse(text)
+
+
+def parse_metric(text: str) -> Evaluate:
+    """Return the function that ``--evaluate`` names.
+
+    Raises:
+        CaptureError: it names no function.
+    """
+    found = locate_attribute(text) if ":" in text else None
+    if not callable(found):
+        raise CaptureError(
+            f"--evaluate {text} names no function: give package.module:function, a function of a session."
+        )
+    metric: Evaluate = found
+    return metric
 
 
 def parse_target(name: str) -> Target:

@@ -1,50 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions of a batch that only fill it up: what a model computes there is read by nobody.
-
-Their values are often unstable, such as those of padding tokens that switch between two states, and would
-hide the error of the positions that count.
-"""
+"""Which input marks padding, where the user may name one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import onnx_ir as ir
 
 from splitfold.compiler.errors import ComparisonError
 from splitfold.runtime.errors import did_you_mean
-from splitfold.runtime.feeds import Array, Feeds, model_inputs
+from splitfold.runtime.feeds import model_inputs
+from splitfold.runtime.padding import PADDING, Padding, marks_padding
 
 __all__ = ["PADDING", "Padding", "find_padding"]
-
-PADDING = "attention_mask"
-"""Input that marks padding by 0, where a model has it."""
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Where padding is marked: by 0 in an input of shape [batch, positions], or nowhere (None)."""
-
-    input: str | None = None
-
-    def without(self, feeds: Feeds, array: Array) -> Array:
-        """Return the elements of `array` at positions that count.
-
-        The positions lie along the first two axes, or along the first and third of four (attention heads), or
-        along the first one, flattened; an array without such axes is returned whole.
-        """
-        mask = feeds[self.input] if self.input is not None else None
-        if mask is None or mask.ndim != 2 or mask.all():
-            return array
-        count = mask != 0
-        if array.shape[:2] == mask.shape:
-            return np.asarray(array[count])
-        if array.ndim == 4 and (array.shape[0], array.shape[2]) == mask.shape:
-            return np.asarray(np.moveaxis(array, 2, 1)[count])
-        if array.ndim > 1 and array.shape[0] == mask.size:
-            return np.asarray(array[count.ravel()])
-        return array
 
 
 def find_padding(model: ir.Model, name: str | None) -> Padding:
@@ -55,19 +21,13 @@ def find_padding(model: ir.Model, name: str | None) -> Padding:
         ComparisonError: there is no such input, or it is not of shape [batch, positions].
     """
     inputs = {value.name or "": value for value in model_inputs(model)}
-    if name is None or (name == PADDING and not _marks(inputs.get(name))):
+    if name is None or (name == PADDING and not marks_padding(inputs.get(name))):
         return Padding()
     if name not in inputs:
         near = did_you_mean(name, inputs)
         raise ComparisonError(f"no input '{name}' marks padding.{near} Inputs: {', '.join(inputs)}.")
-    if not _marks(inputs[name]):
+    if not marks_padding(inputs[name]):
         raise ComparisonError(
             f"input '{name}' cannot mark padding: that takes whole numbers of shape [batch, positions]."
         )
     return Padding(name)
-
-
-def _marks(value: ir.Value | None) -> bool:
-    if value is None or value.shape is None or value.dtype is None:
-        return False
-    return len(value.shape) == 2 and not value.dtype.is_floating_point()
