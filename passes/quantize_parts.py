@@ -13,6 +13,7 @@ import onnx_ir as ir
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.effective_bits import entropy
 from splitfold.passes.emit_parts import weight_position
+from splitfold.passes.layers import find_layers
 from splitfold.passes.opset import default_opset, raise_opset
 from splitfold.passes.part_carriers import carry_codes, carry_float
 from splitfold.passes.part_codes import Grain, Grouping, PartCodes, PartGrid, code_parts
@@ -95,8 +96,8 @@ class QuantizePartsPass(LayerPass):
 
     def _candidates(self, model: ir.Model, findings: Findings) -> list[SummedLayer]:
         found = summed_layers(model)
-        if found:
-            self.check_patterns(item.layer.name for item in found)
+        others = [layer.name for layer in find_layers(model)[0]]
+        self.check_patterns([*(item.layer.name for item in found), *others])
         kept = []
         for item in found:
             reason = self.unwanted(item.layer.name) or self._reason_against(item)
