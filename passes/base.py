@@ -16,6 +16,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from splitfold.passes.errors import Failure, PassFailedError, SpecError
+from splitfold.passes.parts import names_a_part
 from splitfold.passes.values import forget_names, import_domains
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import did_you_mean
@@ -171,26 +172,31 @@ class LayerPass(Pass):
     """A pass that works layer by layer and can be told which ones.
 
     Args:
-        only: layer patterns (shell wildcards); empty is every layer.
+        only: layer patterns (shell wildcards); empty is every layer. ``layer:part`` is one part of a layer.
         exclude: layer patterns that are left alone, and recorded as such.
     """
 
     only: tuple[str, ...] = field(default=(), kw_only=True)
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
 
-    def unwanted(self, layer: str) -> str | None:
-        """Return the reason why the user does not want `layer` touched, or None."""
-        if any(_matches(layer, pattern) for pattern in self.exclude):
+    def unwanted(self, *names: str) -> str | None:
+        """Return the reason why the user does not want a layer of these names (its own, that of its part)
+        touched, or None."""
+        if any(_matches(name, pattern) for name in names for pattern in self.exclude):
             return "excluded by option"
-        if self.only and not any(_matches(layer, pattern) for pattern in self.only):
+        if self.only and not any(_matches(name, pattern) for name in names for pattern in self.only):
             return "not among the layers asked for"
         return None
 
     def check_patterns(self, layers: Iterable[str]) -> None:
-        """Raise `SpecError` for a pattern that matches none of `layers`."""
+        """Raise `SpecError` for a pattern that matches none of `layers`.
+
+        ``layer:part`` may find no part, as measurement decides which layers are split; its layer must exist.
+        """
         known = sorted(set(layers))
         for pattern in (*self.only, *self.exclude):
-            if not any(_matches(layer, pattern) for layer in known):
+            wanted = (pattern, names_a_part(pattern) or pattern)
+            if not any(_matches(layer, text) for layer in known for text in wanted):
                 raise SpecError(f"{self.name}: no layer matches '{pattern}'.{did_you_mean(pattern, known)}")
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from splitfold.passes.identity import display_layer
 from splitfold.passes.keep_float import FLOAT_CONV
+from splitfold.passes.parts import Part, address, part_of_node
 from splitfold.passes.values import constant, float_attribute, int_attribute
 from splitfold.runtime.feeds import Array
 
@@ -59,6 +60,16 @@ class Layer:
     def output(self) -> ir.Value:
         """The value that the layer computes."""
         return self.node.outputs[0]
+
+    @property
+    def part(self) -> Part | None:
+        """Which part of the user's layer it is, or None where it is the whole."""
+        return part_of_node(self.node)
+
+    @property
+    def address(self) -> str:
+        """How a pattern names it: the layer's name, or ``name:part``."""
+        return address(self.name, self.part)
 
     @property
     def is_linear(self) -> bool:
@@ -143,6 +154,8 @@ def _product_reason(node: ir.Node, kind: LayerKind) -> str | None:
     if weight is None:
         if _is_dequantized(node.inputs[1]):
             return "already quantized: left as it is"
+        if _is_sum_of_constants(node.inputs[1]):
+            return "its weight is a sum of parts, which quantize-parts takes up"
         return (
             "the weight is the left operand"
             if constant(data) is not None and kind is LayerKind.MATMUL
@@ -163,6 +176,15 @@ def _plain_gemm(node: ir.Node) -> bool:
     transposed = int_attribute(node, "transA", 0) or int_attribute(node, "transB", 0)
     scaled = float_attribute(node, "alpha", 1.0) != 1.0 or float_attribute(node, "beta", 1.0) != 1.0
     return not transposed and not scaled
+
+
+def _is_sum_of_constants(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return (
+        producer is not None
+        and producer.op_type == "Sum"
+        and all(constant(operand) is not None for operand in producer.inputs)
+    )
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:

@@ -209,10 +209,11 @@ class QuantizeWeightsPass(LayerPass):
     ) -> None:
         """Put the low-bit form of each layer in its place."""
         sizes: dict[str, _Size] = {}
+        first = {layer.name for layer in layers if not covers_again(layer.node)}
         for layer in (layer.current() for layer in layers):
             found = rounded[layer.weight]
             weight = found.weight()
-            counted = not covers_again(layer.node)
+            counted = layer.name not in first or not covers_again(layer.node)
             carried, replaced = self._carry(layer, weight, int8)
             replace_value(replaced[0].outputs[0], carried.output)
             drop_unused(replaced)
@@ -236,8 +237,7 @@ class QuantizeWeightsPass(LayerPass):
         return carried, [layer.node]
 
     def _bits_note(self, sizes: Sequence[_Size]) -> str:
-        own = [size for size in sizes if size.counted] or list(sizes)  # outliers alone: theirs
-        weights = sum(size.weights for size in own)
+        weights = max(1, sum(size.weights for size in sizes))
         bits = 8 * sum(size.stored for size in sizes) / weights
         note = f"{bits:.2f} bits a weight as stored, scales, zero points and padding included"
         if self.method is WeightMethod.DGQ:
@@ -247,11 +247,10 @@ class QuantizeWeightsPass(LayerPass):
 
 @dataclass(frozen=True)
 class _Size:
-    """Of one weight: how many weights it has, whether they count (or another part of the layer counts them),
-    the bytes stored, and the bytes as DGQ counts them."""
+    """Of one weight: how many weights it has (none where another part of the layer counts them), the bytes
+    stored, and the bytes as DGQ counts them."""
 
     weights: int
-    counted: bool
     stored: int
     paper: float
 
@@ -260,4 +259,4 @@ def _size(weight: BlockQuantized | DualGrained, form: BlockForm, expand: Expand,
     paper = paper_bytes(weight) if isinstance(weight, DualGrained) else 0.0
     held = weight.block_wise() if isinstance(weight, DualGrained) and not form.is_int8 else weight
     stored = stored_bytes(held, expanded=expand is Expand.OFFLINE)
-    return _Size(weight.codes.shape[0] * weight.columns, counted, stored, paper)
+    return _Size(weight.codes.shape[0] * weight.columns if counted else 0, stored, paper)

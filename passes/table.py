@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from splitfold.passes.assign_precision import AssignPrecisionPass
 from splitfold.passes.base import Pass
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.fold_scales import FoldScalesPass
@@ -10,7 +11,12 @@ from splitfold.passes.legalize import LegalizePass
 from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
+from splitfold.passes.quantize_parts import QuantizePartsPass
 from splitfold.passes.quantize_weights import QuantizeWeightsPass
+from splitfold.passes.simulate_quantization import SimulateQuantizationPass
+from splitfold.passes.split_activations import SplitActivationsPass
+from splitfold.passes.split_layers import SplitLayersPass
+from splitfold.passes.split_outliers import SplitOutliersPass
 from splitfold.passes.unfuse_norms import UnfuseNormsPass
 
 __all__ = ["PASSES"]
@@ -22,6 +28,12 @@ PASSES: tuple[type[Pass], ...] = (
     QuantizeDynamicPass,
     QuantizeWeightsPass,
     QuantizeEmbeddingsPass,
+    QuantizePartsPass,
+    SimulateQuantizationPass,
+    SplitActivationsPass,
+    SplitLayersPass,
+    SplitOutliersPass,
+    AssignPrecisionPass,
     UnfuseNormsPass,
     LegalizePass,
 )

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from splitfold.passes.branches import branch_of_node
 from splitfold.passes.carriers import Carried
 from splitfold.passes.layers import Layer, find_layers
 from splitfold.passes.values import forget_names
@@ -59,7 +60,7 @@ def local_sqnr(
     """Return, by layer name, the SQNR in dB of each layer's low-bit output against its float output.
 
     It is the mean over rows: tokens (all axes but the last) of a linear layer, samples (the first axis)
-        of a convolution.
+        of a convolution. The branches of one layer are measured together: their outputs are joined.
 
     Args:
         model: float model; it is not changed.
@@ -69,22 +70,37 @@ def local_sqnr(
     """
     copy = model.clone()
     forget_names(copy)
-    pairs: dict[str, tuple[str, str]] = {}
+    pairs: dict[str, list[tuple[str, str]]] = {}
     linear: set[str] = set()
+    sliced: dict[str, int] = {}
     for layer in find_layers(copy)[0]:
         if not layer.in_subgraph and (carried := carry(layer)) is not None:
-            pairs[layer.name] = (layer.output.name or "", carried.output.name or "")
+            marks = branch_of_node(layer.node)
+            earlier = pairs.get(layer.name, []) if marks else []
+            pairs[layer.name] = [*earlier, (layer.output.name or "", carried.output.name or "")]
             linear |= {layer.name} if layer.is_linear else set()
+            if any(mark.kind.is_joined for mark in marks):
+                sliced[layer.name] = -1 if layer.is_linear else 1
     if not pairs:
         return {}
-    taps = list(dict.fromkeys(itertools.chain.from_iterable(pairs.values())))
+    taps = list(dict.fromkeys(name for found in pairs.values() for pair in found for name in pair))
     session = Session(copy, target, optimization=Optimization.ALL, taps=taps)
     sums = {name: _Decibels() for name in pairs}
     for feeds in itertools.islice(calibration, _BATCHES):
         results = session.run(feeds, taps)
-        for name, (reference, actual) in pairs.items():
-            rank = results[reference].ndim
-            sums[name].add(
-                results[reference], results[actual], row_axes=rank - 1 if name in linear else min(1, rank)
+        for name, found in pairs.items():
+            reference, actual = (
+                _joined([results[pair[side]] for pair in found], sliced.get(name)) for side in (0, 1)
             )
+            rank = reference.ndim
+            sums[name].add(reference, actual, row_axes=rank - 1 if name in linear else min(1, rank))
     return {name: item.mean() for name, item in sums.items()}
+
+
+def _joined(arrays: Sequence[Array], axis: int | None) -> Array:
+    """Return the output of a layer from those of its branches: concatenated along `axis`, or summed."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.asarray(
+        np.sum(arrays, axis=0, dtype=np.float64) if axis is None else np.concatenate(arrays, axis)
+    )

@@ -42,10 +42,22 @@ EXACT = {
     "fold-scales{min-gain=-100}": 20,
     "fold-scales{data-free=true}": 5,
     "legalize": 0,
+    "split-activations": 20,
+    "split-activations{at=functions,parts=2}": 10,
+    "split-activations{at=outputs}": 10,
+    "split-layers{embeddings=true}": 20,
+    "split-layers{by=channel,split-bias=true}": 20,
+    "split-layers{by=magnitude,scope=channel,form=weight}": 20,
+    "split-outliers{most=0.5,share=0.5,min-gain=-100}": 10,
+    "split-outliers{bits=2,axis=output,by=weight,most=0.5,share=0.5,min-gain=-100}": 10,
     "unfuse-norms": 1,
 }
 """Exact passes with options, and how often they find something to do in the random graphs."""
 LOSSY = {
+    "assign-precision{choices=[fp32,int8-static,w4],budget=[12code-bits],signal=local-error}": 10.0,
+    "assign-precision{signal=random,error=bits}": 0.0,
+    "split-layers{form=weight,embeddings=true},quantize-parts{grid=own,form=codes}": 20.0,
+    "split-layers{form=weight},quantize-parts{bits=2,per=channel}": 0.0,
     "quantize-activations": 15.0,
     "quantize-activations{calibrator=entropy,symmetric=true,weight-bits=7}": 15.0,
     "quantize-activations{calibrator=mse,min-sqnr=30}": 15.0,
@@ -64,6 +76,9 @@ LOSSY = {
     "quantize-weights{method=dgq,form=int8-static}": 10.0,
     "quantize-weights{method=dgq,form=int8-dynamic,expand=offline}": 10.0,
     "quantize-weights{method=dgq,form=int8-token}": 10.0,
+    "simulate-quantization": 15.0,
+    "simulate-quantization{weights=4,activations=6,weight-ranges=searched,products=true}": 5.0,
+    "simulate-quantization{weights=none,calibrator=percentile-search}": 10.0,
 }
 """Lossy passes with options, and the dB that every output of a random graph keeps."""
 ids = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES])
@@ -244,12 +259,14 @@ def test_random_graphs_stay_equal(text: str, floor: int) -> None:
 
 @pytest.mark.parametrize(("text", "floor"), LOSSY.items(), ids=list(LOSSY))
 def test_random_graphs_stay_valid_and_finite(text: str, floor: float) -> None:
-    step = parse_pass(text, PASSES)
+    *prepare, step = Pipeline.parse(text)
     seeds = SEEDS if text == step.name else SEEDS[:40]
     applied, worst = 0, float("inf")
     for seed in seeds:
         start = started(seed)
-        after, record = apply(step, start.canonical, start.feeds)
+        before = start.canonical.clone()
+        Pipeline.of(*prepare).run(before)
+        after, record = apply(step, before, start.feeds)
         applied += len(record.applied)
         for optimization in Optimization if record.modified else ():
             for name, actual in run(after, start.feeds, optimization).items():
@@ -265,7 +282,7 @@ def test_random_graphs_stay_valid_and_finite(text: str, floor: float) -> None:
 
 def test_every_pass_meets_random_graphs() -> None:
     for contract, texts in ((Contract.LOSSY, LOSSY), (Contract.EXACT, EXACT)):
-        tried = {parse_pass(text, PASSES).name for text in texts}
+        tried = {Pipeline.parse(text).steps[-1].name for text in texts}
         assert tried == {kind.name for kind in PASSES if kind.contract is contract}
 
 

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from splitfold.compiler.debug.diff.held import Held, Role, held_by
 from splitfold.compiler.debug.diff.match import Side
+from splitfold.compiler.debug.diff.picked_channels import order_of_outputs, picked_inputs
 from splitfold.passes.branches import BranchKind, branches_of
 from splitfold.passes.provenance import stands_for
+from splitfold.runtime.feeds import Array
 
 __all__ = ["whole_weight"]
 
@@ -40,7 +42,12 @@ def _held(name: str, side: Side) -> Held | None:
         return _product(name, side)
     found = [_held(branch, side) for branch in branches]
     parts = [held for held in found if held is not None]
-    return _joined(parts, next(iter(branches.values()))) if len(parts) == len(found) else None
+    if len(parts) != len(found):
+        return None
+    kind, names = next(iter(branches.values())), list(branches)
+    if kind is BranchKind.PART:
+        return _summed(parts, [_picked(branch, side) for branch in names])
+    return _joined(parts, kind, order_of_outputs(side.by_key[(True, names[0])][0].outputs[0]))
 
 
 def _branches(name: str, side: Side) -> Iterator[tuple[str, BranchKind]]:
@@ -53,27 +60,54 @@ def _branches(name: str, side: Side) -> Iterator[tuple[str, BranchKind]]:
 
 def _product(name: str, side: Side) -> Held | None:
     """Return the weight of the operator that makes the value, before its casts, scales and bias."""
+    node = _producer(name, side)
+    return held_by(node)[Role.WEIGHT] if node is not None else None
+
+
+def _producer(name: str, side: Side) -> ir.Node | None:
     node: ir.Node | None = side.by_key[(True, name)][-1]
     for _ in range(_REACH):
-        if node is None:
-            return None
-        if (held := held_by(node).get(Role.WEIGHT)) is not None:
-            return held
+        if node is None or held_by(node).get(Role.WEIGHT) is not None:
+            return node
         makers = [value.producer() for value in node.inputs if value is not None]
         node = next((maker for maker in makers if maker is not None), None)
     return None
 
 
-def _joined(held: Sequence[Held], kind: BranchKind) -> Held:
-    first = held[0]
-    axis = max(0, first.channels[0 if kind is BranchKind.CHUNK else 1])
+def _picked(branch: str, side: Side) -> Array | None:
+    node = _producer(branch, side)
+    return picked_inputs(node) if node is not None else None
 
-    def numbers() -> np.ndarray:
+
+def _summed(held: Sequence[Held], picked: Sequence[Array | None]) -> Held:
+    """Return the sum of parts; one that holds some input channels only stands in their place."""
+
+    def numbers() -> Array:
         arrays = [part.numbers() for part in held]
-        if kind is BranchKind.PART:
-            return np.asarray(np.sum(arrays, axis=0))
-        return np.concatenate(arrays, axis)
+        total = np.array(arrays[0])
+        for array, channels in zip(arrays[1:], picked[1:], strict=True):
+            if channels is None or array.shape == total.shape:
+                total = total + array
+            else:
+                np.add.at(np.moveaxis(total, max(0, held[0].channels[0]), 0), channels, array)
+        return total
 
+    return _whole(held, BranchKind.PART, numbers)
+
+
+def _joined(held: Sequence[Held], kind: BranchKind, order: Array | None) -> Held:
+    """Return the weights of branches one after the other, their output channels in `order`."""
+    axis = max(0, held[0].channels[0 if kind is BranchKind.CHUNK else 1])
+
+    def numbers() -> Array:
+        whole = np.concatenate([part.numbers() for part in held], axis)
+        return whole if order is None or kind is BranchKind.CHUNK else np.take(whole, order, axis)
+
+    return _whole(held, kind, numbers)
+
+
+def _whole(held: Sequence[Held], kind: BranchKind, numbers: Callable[[], Array]) -> Held:
+    first = held[0]
     rest = [value for part in held[1:] for value in (part.value, *part.parts)]
     form = ", ".join(filter(None, [first.form, f"the first of {len(held)} {kind.value}s"]))
     return Held(first.value, (*first.parts, *rest), numbers, first.channels, form)
