@@ -17,6 +17,7 @@ import onnx_ir as ir
 from splitfold.passes.affine import dequantize_blocks, quantize_blocks
 from splitfold.passes.digraph import meeting_points
 from splitfold.passes.foldable import ScaleGroup
+from splitfold.passes.gram_loss import row_losses
 from splitfold.passes.layers import Layer
 from splitfold.passes.submodel import nodes_between, part_of, read_values, type_inputs
 from splitfold.passes.walk import Walk
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _GRID = np.arange(21) / 20
 _FLOOR = 1e-4
+_TINY = float(np.finfo(np.float32).tiny)
 _WIDEST = 60
 """Nodes of a block: a meeting point that is further away is not a block any more."""
 
@@ -220,14 +222,20 @@ def _tried(group: ScaleGroup, layer: Layer, scales: Array, form: BlockFormat) ->
 
 
 def _layer_loss(rows: Mapping[Layer, Array]) -> Loss:
-    def loss(weights: Mapping[Layer, Array]) -> float:
-        errors = [
-            np.mean(np.square(rows[layer] @ (weight - layer.weight_array()), dtype=np.float64))
-            for layer, weight in weights.items()
-        ]
-        return float(np.sum(errors))
+    """Return the loss of layers on their own: the mean of (x E)^2, through X^T X where that is smaller."""
+    products = {
+        layer: array.T @ array if array.shape[1] <= len(array) else None for layer, array in rows.items()
+    }
 
-    return loss
+    def error(layer: Layer, weight: Array) -> float:
+        off, product = weight - layer.weight_array(), products[layer]
+        if product is None:
+            return float(np.mean(np.square(rows[layer] @ off, dtype=np.float64)))
+        size = max(float(np.abs(product).max()), _TINY)
+        total = row_losses(np.ascontiguousarray(off.T), product / size).sum(dtype=np.float64)
+        return float(total * size / (len(rows[layer]) * weight.shape[1]))
+
+    return lambda weights: sum(error(layer, weight) for layer, weight in weights.items())
 
 
 def _block_loss(block: _Block, group: ScaleGroup, inputs: Sequence[Feeds], target: Target) -> Loss:

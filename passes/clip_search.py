@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Range search: per row and block, the smaller range that costs less than the whole one.
+"""Range search: per row and block, the range that costs less than the whole one.
 
-A smaller range has finer steps and cuts off the largest weights. Two losses: the error of the weights alone,
-and the error of the layer's output on calibration data (the clip search of AWQ, Lin et al., 2024, and its
-released code).
+A smaller range has finer steps and cuts off the largest weights; a larger one meets them better at times. Two
+losses: the error of the weights alone, and the error of the layer's output on calibration data (the clip
+search of AWQ, Lin et al., 2024, and its released code).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ __all__ = ["AWQ_RATIOS", "MSE_RATIOS", "awq_clip", "mse_grid"]
 
 AWQ_RATIOS = tuple(1 - step / 20 for step in range(10))
 """Of max|w|: 1, .95, ..., .55, as in the released code."""
-MSE_RATIOS = tuple(1 - step / 50 for step in range(36))
-"""Of the range: 1, .98, ..., .30. Normal weights of 2 bits in large blocks want about half."""
+MSE_RATIOS = (*(1 - step / 50 for step in range(36)), *(1 + step / 50 for step in range(1, 11)))
+"""Of the range: 1, .98, ..., .30, then 1.02, ..., 1.20. Normal weights of 2 bits in large blocks want about
+half; in small blocks many want more than all, as a grid of whole codes does not meet both ends of a range.
+"""
 
 Losses = Callable[[float], Array]
 _AT_ONCE = 2**18

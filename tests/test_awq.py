@@ -68,9 +68,10 @@ def test_a_dead_channel_gives_finite_scales() -> None:
     assert (scales > 0).all()
 
 
-def test_the_search_of_one_layer_is_a_plain_loop() -> None:
+@pytest.mark.parametrize("rows", [40, 5], ids=["more rows than channels", "fewer"])
+def test_the_search_of_one_layer_is_a_plain_loop(rows: int) -> None:
     model = prepared(LINEAR)
-    batches = [{"x": tokens(40)} for _ in range(3)]
+    batches = [{"x": tokens(rows)} for _ in range(3)]
     group = scale_groups(model)[0]
     weight = group.layers[0].weight_array()
     session = Session(model, optimization=Optimization.OFF)
