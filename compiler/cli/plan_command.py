@@ -36,46 +36,54 @@ __all__ = ["plan_command"]
 _ROWS = 9
 """Plans of the front that are shown."""
 
+PassOptions = Annotated[
+    str,
+    typer.Option(
+        "--options",
+        metavar="TEXT",
+        help="Options of assign-precision: 'signal=sensitivity,choices=[w2,w4,w8],budget=[4.5bits]' "
+        "(splitfold passes assign-precision lists them).",
+    ),
+]
+BeforeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--before", metavar="TEXT", help="Passes that run first: 'fold-scales,quantize-embeddings'."
+    ),
+]
+EvaluateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        metavar="package.module:function",
+        help="A metric of an opened session, more is better: with --max-drop the budget is the smallest "
+        "plan that keeps it.",
+    ),
+]
+DropOption = Annotated[
+    float | None, typer.Option("--max-drop", metavar="NUMBER", min=0, help="What the metric may lose.")
+]
+LimitOption = Annotated[int, typer.Option("--limit", metavar="N", min=2, help="Evaluations at most.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE.toml", help="Write the plan to a file.")
+]
+PictureOption = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE.svg", help="Draw the Pareto front.")
+]
+
 
 def plan_command(
     model: ModelArgument,
-    options: Annotated[
-        str,
-        typer.Option(
-            "--options",
-            metavar="TEXT",
-            help="Options of assign-precision: 'signal=sensitivity,choices=[w2,w4,w8],budget=[4.5bits]' "
-            "(splitfold passes assign-precision lists them).",
-        ),
-    ] = "",
-    before: Annotated[
-        str | None,
-        typer.Option(
-            "--before", metavar="TEXT", help="Passes that run first: 'fold-scales,quantize-embeddings'."
-        ),
-    ] = None,
+    options: PassOptions = "",
+    before: BeforeOption = None,
     calibration: CalibrationOption = None,
     inputs: InputsOption = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluate",
-            metavar="package.module:function",
-            help="A metric of an opened session, more is better: with --max-drop the budget is the smallest "
-            "plan that keeps it.",
-        ),
-    ] = None,
-    max_drop: Annotated[
-        float | None, typer.Option("--max-drop", metavar="NUMBER", min=0, help="What the metric may lose.")
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=2, help="Evaluations at most.")] = LIMIT,
+    evaluate: EvaluateOption = None,
+    max_drop: DropOption = None,
+    limit: LimitOption = LIMIT,
     target: TargetOption = "cpu",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.toml", help="Write the plan to a file.")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE.svg", help="Draw the Pareto front.")
-    ] = None,
+    output: OutputOption = None,
+    picture: PictureOption = None,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
