@@ -23,8 +23,6 @@ _STATIC_SQNR = 20.0
 """dB below which a layer's static form is not taken."""
 _DYNAMIC_SQNR = 15.0
 """dB below which a layer stays in float: what a per-tensor grid cannot hold either way."""
-_ALPHA = 0.8
-"""Of SmoothQuant: best on the static int8 of all-MiniLM-L6-v2 (examples/benchmarks/weight_methods.py)."""
 _LOW_BITS = 3
 
 
@@ -41,7 +39,7 @@ def int8() -> Pipeline:
     """
     return Pipeline.of(
         CanonicalizePass(),
-        FoldScalesPass(alpha=_ALPHA),
+        FoldScalesPass(),
         QuantizeActivationsPass(min_sqnr=_STATIC_SQNR, form=StaticForm.INTEGER),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
         QuantizeEmbeddingsPass(),
