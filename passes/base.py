@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from splitfold.passes.branches import layer_pattern
 from splitfold.passes.errors import Failure, PassFailedError, SpecError
-from splitfold.passes.parts import names_a_part
 from splitfold.passes.values import forget_names, import_domains
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import did_you_mean
@@ -180,7 +180,7 @@ class LayerPass(Pass):
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
 
     def unwanted(self, *names: str) -> str | None:
-        """Return the reason why the user does not want a layer of these names (its own, that of its part)
+        """Return the reason why the user does not want a layer of these names (its own, those of its part)
         touched, or None."""
         if any(_matches(name, pattern) for name in names for pattern in self.exclude):
             return "excluded by option"
@@ -195,7 +195,7 @@ class LayerPass(Pass):
         """
         known = sorted(set(layers))
         for pattern in (*self.only, *self.exclude):
-            wanted = (pattern, names_a_part(pattern) or pattern)
+            wanted = (pattern, layer_pattern(pattern))
             if not any(_matches(layer, text) for layer in known for text in wanted):
                 raise SpecError(f"{self.name}: no layer matches '{pattern}'.{did_you_mean(pattern, known)}")
 

@@ -4,14 +4,19 @@ for.
 
 ``y [part 2 of 3]`` is a summand of the original value ``y`` whose weight covers all of the layer's weight,
 with zeros where other parts hold it; ``chunk`` is a summand that reads some of the input channels; ``slice``
-and ``group`` compute some of the output channels. Passes that replace a branch hand this on, as they do with
-any value.
+and ``group`` compute some of the output channels; ``y [part 2 of 2: outliers]`` says what the branch was made
+for. Passes that replace a branch hand this on, as they do with any value.
+
+In layer patterns a branch has an address: ``encoder.dense:part2``, or ``encoder.dense:outliers`` where it was
+made for something, and ``encoder.dense:outliers:part2`` where a branch was split again. Records, and every
+tool that compares models, go by the layer.
 """
 
 from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -19,9 +24,21 @@ import onnx_ir as ir
 from splitfold.passes.provenance import stand_for, stands_for
 from splitfold.passes.values import sole_consumer
 
-__all__ = ["Branch", "BranchKind", "branch_of_node", "branches_of", "covers_again", "mark_branch"]
+__all__ = [
+    "Branch",
+    "BranchKind",
+    "Part",
+    "addresses",
+    "branch_of_node",
+    "branches_of",
+    "covers_again",
+    "last_branch",
+    "layer_pattern",
+    "mark_branch",
+    "value_of_layer",
+]
 
-_MARK = re.compile(r" \[(?P<kind>[a-z]+) (?P<number>\d+) of (?P<count>\d+)\]")
+_MARK = re.compile(r" \[(?P<kind>[a-z]+) (?P<number>\d+) of (?P<count>\d+)(?:: (?P<part>[a-z]+))?\]")
 _REACH = 4
 """Operators from a product to the value that stands for it: cast, scale, bias."""
 
@@ -44,16 +61,48 @@ class BranchKind(enum.Enum):
         return self in (BranchKind.SLICE, BranchKind.GROUP)
 
 
+class Part(enum.Enum):
+    """What a branch was made for."""
+
+    REST = "rest"
+    """What is left of the layer without its outliers."""
+    OUTLIERS = "outliers"
+    """The few channels that stand apart."""
+
+
 @dataclass(frozen=True)
 class Branch:
-    """Which branch of a layer a value is: the `number`-th (from 1) of `count`."""
+    """Which branch of a layer a value is: the `number`-th (from 1) of `count`, and what it was made for."""
 
     kind: BranchKind
     number: int
     count: int
+    part: Part | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind.value} {self.number} of {self.count}"
+        text = f"{self.kind.value} {self.number} of {self.count}"
+        return text if self.part is None else f"{text}: {self.part.value}"
+
+    @property
+    def address(self) -> str:
+        """How a layer pattern names it."""
+        return f"{self.kind.value}{self.number}" if self.part is None else self.part.value
+
+
+_ADDRESS = re.compile(
+    rf"(:({'|'.join(part.value for part in Part)}|({'|'.join(kind.value for kind in BranchKind)})(\d+|\*)))+$"
+)
+
+
+def addresses(layer: str, branches: Sequence[Branch]) -> tuple[str, ...]:
+    """Return the names that a pattern may use: the layer's own, then its branch's, outermost first."""
+    steps = [branch.address for branch in branches]
+    return tuple(":".join([layer, *steps[:count]]) for count in range(len(steps) + 1))
+
+
+def layer_pattern(pattern: str) -> str:
+    """Return the layer pattern of ``layer:part``; any other pattern as it is."""
+    return _ADDRESS.sub("", pattern)
 
 
 def mark_branch(value: ir.Value, whole: ir.Value, branch: Branch) -> None:
@@ -63,8 +112,23 @@ def mark_branch(value: ir.Value, whole: ir.Value, branch: Branch) -> None:
 
 def branches_of(value: ir.Value) -> tuple[Branch, ...]:
     """Return which branch `value` is, of which branch, the outermost split first; empty where it is whole."""
-    marks = _MARK.finditer(stands_for(value) or "")
-    return tuple(Branch(BranchKind(mark["kind"]), int(mark["number"]), int(mark["count"])) for mark in marks)
+    return tuple(map(_branch, _MARK.finditer(stands_for(value) or "")))
+
+
+def _branch(mark: re.Match[str]) -> Branch:
+    part = Part(mark["part"]) if mark["part"] else None
+    return Branch(BranchKind(mark["kind"]), int(mark["number"]), int(mark["count"]), part)
+
+
+def value_of_layer(name: str) -> str:
+    """Return the value whose branch, or branch of a branch, is called `name`; a whole one's own name."""
+    return _MARK.sub("", name)
+
+
+def last_branch(name: str) -> tuple[str, Branch] | None:
+    """Return what the value called `name` is a branch of, and which; None for a whole one."""
+    marks = list(_MARK.finditer(name))
+    return (name[: marks[-1].start()], _branch(marks[-1])) if marks else None
 
 
 def covers_again(node: ir.Node) -> bool:

@@ -41,7 +41,7 @@ def candidate_layers(
     for layer in layers:
         if layer.kind is LayerKind.EMBEDDING:
             continue
-        reason = step.unwanted(layer.name, layer.address) or reason_against(layer)
+        reason = step.unwanted(*layer.addresses) or reason_against(layer)
         if reason is None:
             kept.append(layer)
         else:

@@ -14,7 +14,6 @@ from splitfold.passes.carriers import weight_graph
 from splitfold.passes.clusters import kmeans_thresholds, members
 from splitfold.passes.integer_linear import following_bias
 from splitfold.passes.layers import Layer, LayerKind
-from splitfold.passes.parts import mark_part
 from splitfold.passes.split_weight import split_parts
 from splitfold.passes.values import (
     add_initializer,
@@ -65,7 +64,7 @@ def emit_branch(
     attributes: dict[str, object] = dict(layer.node.attributes)
     if group is not None:
         attributes["group"] = group
-    value = emit(
+    return emit(
         layer.node,
         layer.node.op_type,
         [*reads, bias] if bias is not None else reads,
@@ -73,10 +72,6 @@ def emit_branch(
         names=[name],
         like=layer.output,
     )
-    made = value.producer()
-    if made is not None and layer.part is not None:
-        mark_part(made, layer.part)
-    return value
 
 
 def add_up(layer: Layer, outputs: Sequence[ir.Value]) -> ir.Value:

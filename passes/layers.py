@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from splitfold.passes.branches import Part, addresses, branch_of_node
 from splitfold.passes.identity import display_layer
 from splitfold.passes.keep_float import FLOAT_CONV
-from splitfold.passes.parts import Part, address, part_of_node
 from splitfold.passes.values import constant, float_attribute, int_attribute
 from splitfold.runtime.feeds import Array
 
@@ -63,13 +63,13 @@ class Layer:
 
     @property
     def part(self) -> Part | None:
-        """Which part of the user's layer it is, or None where it is the whole."""
-        return part_of_node(self.node)
+        """What this branch of the user's layer was made for, or None where it is the whole or any branch."""
+        return next((branch.part for branch in branch_of_node(self.node) if branch.part is not None), None)
 
     @property
-    def address(self) -> str:
-        """How a pattern names it: the layer's name, or ``name:part``."""
-        return address(self.name, self.part)
+    def addresses(self) -> tuple[str, ...]:
+        """What a pattern may call it: the layer's name, then ``name:part`` where it is a part."""
+        return addresses(self.name, branch_of_node(self.node))
 
     @property
     def is_linear(self) -> bool:

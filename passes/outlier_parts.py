@@ -6,11 +6,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from splitfold.passes.branches import Branch, BranchKind, mark_branch
+from splitfold.passes.branches import Branch, BranchKind, Part, mark_branch
 from splitfold.passes.carriers import weight_graph, with_bias
 from splitfold.passes.layers import Layer
 from splitfold.passes.outlier_cuts import Axis, Cut
-from splitfold.passes.parts import Part, mark_part
 from splitfold.passes.values import add_initializer, emit
 from splitfold.runtime.feeds import Array
 
@@ -66,10 +65,7 @@ def _product(layer: Layer, data: ir.Value, weight: Array, part: Part, kind: Bran
         layer.node, "MatMul", [data, held], names=[f"{layer.output.name}_{part.value}"], like=layer.output
     )
     product.shape = _narrowed(layer.output, weight.shape[1])
-    made = product.producer()
-    if made is not None:
-        mark_part(made, part)
-    mark_branch(product, layer.output, Branch(kind, 1 if part is Part.REST else 2, 2))
+    mark_branch(product, layer.output, Branch(kind, 1 if part is Part.REST else 2, 2, part))
     return product
 
 

@@ -77,7 +77,7 @@ class SplitActivationsPass(LayerPass):
         for layer in layers:
             if layer.kind is LayerKind.EMBEDDING or (self.at is SplitAt.OUTPUTS and layer.is_linear):
                 continue
-            reason = self.unwanted(layer.name, layer.address) or self._reason_against(layer, model)
+            reason = self.unwanted(*layer.addresses) or self._reason_against(layer, model)
             if reason is not None:
                 findings.skip(layer.name, reason)
                 continue

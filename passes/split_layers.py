@@ -137,7 +137,7 @@ class SplitLayersPass(LayerPass):
         findings.skipped.extend(refused)
         kept = []
         for layer in layers:
-            reason = self.unwanted(layer.name, layer.address) or self._reason_against(layer, model)
+            reason = self.unwanted(*layer.addresses) or self._reason_against(layer, model)
             if reason is None:
                 kept.append(layer)
             else:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from splitfold.passes.activations import required_calibration
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
-from splitfold.passes.branches import branch_of_node
+from splitfold.passes.branches import Part, branch_of_node
 from splitfold.passes.candidates import candidate_layers
 from splitfold.passes.gram import GramRequest, grams_in_chunks
 from splitfold.passes.gram_loss import normalised
@@ -20,7 +20,6 @@ from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.outlier_cuts import Axis, Cut, Held, OutlierScore, OutputCost, Split, cuts
 from splitfold.passes.outlier_parts import emit_cut
 from splitfold.passes.outlier_share import share_out
-from splitfold.passes.parts import Part
 from splitfold.passes.values import drop_unused, replace_value
 from splitfold.passes.weight_methods import WeightMethod
 from splitfold.runtime.feeds import Array

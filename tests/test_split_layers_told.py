@@ -15,7 +15,17 @@ from splitfold.compiler.debug.diff.graph_diff import diff
 from splitfold.compiler.debug.drift.measurement import drift
 from splitfold.compiler.debug.explain.explanation import explain
 from splitfold.compiler.tolerance import Tolerance
-from splitfold.passes.branches import Branch, BranchKind, branches_of
+from splitfold.passes.branches import (
+    Branch,
+    BranchKind,
+    Part,
+    addresses,
+    branches_of,
+    last_branch,
+    layer_pattern,
+    value_of_layer,
+)
+from splitfold.passes.errors import SpecError
 from splitfold.runtime.artifact import Artifact
 from splitfold.runtime.model_file import read_model
 
@@ -70,3 +80,33 @@ def test_branches_survive_the_file(artifact: Artifact, tmp_path: Path) -> None:
     model = read_model(tmp_path / "out" / "model.onnx")
     marks = [mark for node in model.graph for mark in branches_of(node.outputs[0])]
     assert marks == [Branch(BranchKind.PART, number, 3) for number in (1, 2, 3)] * 2
+
+
+def test_a_part_has_an_address(tmp_path: Path) -> None:
+    steps = (
+        "split-layers{only=[encoder.up]},quantize-weights{bits=4,block=16,only=[*:part2]}",
+        "quantize-weights{bits=8,block=16}",
+    )
+    made = compile(mlp(), pipeline=",".join(steps), tolerance=Tolerance(cosine=0.5))
+    made.save(tmp_path / "out")
+    held = {
+        str(branches_of(node.outputs[0])[-1]): node.attributes["bits"].as_int()
+        for node in read_model(tmp_path / "out" / "model.onnx").graph
+        if node.op_type == "MatMulNBits" and branches_of(node.outputs[0])
+    }
+    assert held == {"part 1 of 3": 8, "part 2 of 3": 4, "part 3 of 3": 8}
+
+
+def test_addresses_name_each_split() -> None:
+    nested = [Branch(BranchKind.SLICE, 2, 2, Part.OUTLIERS), Branch(BranchKind.CHUNK, 1, 3)]
+    assert addresses("a.b", nested) == ("a.b", "a.b:outliers", "a.b:outliers:chunk1")
+    patterns = ["*.b:outliers:chunk*", "a.b:part12", "tf/dense:0", "a:rest:b"]
+    assert [layer_pattern(it) for it in patterns] == ["*.b", "a.b", "tf/dense:0", "a:rest:b"]
+    name = "y [slice 2 of 2: outliers] [chunk 1 of 3]"
+    assert last_branch(name) == ("y [slice 2 of 2: outliers]", nested[1])
+    assert value_of_layer(name) == "y"
+
+
+def test_a_part_of_no_layer_is_an_error() -> None:
+    with pytest.raises(SpecError, match=r"no layer matches 'encoder\.upp:part2'"):
+        compile(mlp(), pipeline="split-layers,quantize-weights{only=[encoder.upp:part2]}")

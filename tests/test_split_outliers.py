@@ -11,6 +11,7 @@ from seeded import parse_graph
 from splitfold.passes.affine import dequantize_blocks, quantize_blocks
 from splitfold.passes.base import Context
 from splitfold.passes.block_grid import BlockLayout
+from splitfold.passes.branches import Part, branch_of_node
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.errors import SpecError
 from splitfold.passes.identity import layers_of
@@ -26,7 +27,6 @@ from splitfold.passes.outlier_cuts import (
     input_gains,
 )
 from splitfold.passes.outlier_share import share_out
-from splitfold.passes.parts import Part, part_of_node
 from splitfold.passes.pipeline import PassRecord, Pipeline
 from splitfold.passes.weight_forms import stored_bytes
 from splitfold.runtime.calibration import Calibration
@@ -70,7 +70,7 @@ def ran(model: ir.Model, text: str, data: list[Feeds] | None = None) -> list[Pas
 def parts(model: ir.Model) -> dict[Part, Array]:
     found = {}
     for node in model.graph:
-        part = part_of_node(node)
+        part = next((branch.part for branch in branch_of_node(node)), None)
         if part is not None and node.inputs[1] is not None and node.inputs[1].const_value is not None:
             found[part] = node.inputs[1].const_value.numpy()
     return found

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,14 +11,12 @@ import onnx_ir as ir
 from splitfold.compiler.debug.diff.held import Held, Role, held_by
 from splitfold.compiler.debug.diff.match import Side
 from splitfold.compiler.debug.diff.picked_channels import order_of_outputs, picked_inputs
-from splitfold.passes.branches import BranchKind, branches_of
+from splitfold.passes.branches import BranchKind, branches_of, last_branch, value_of_layer
 from splitfold.passes.provenance import stands_for
 from splitfold.runtime.feeds import Array
 
 __all__ = ["whole_weight"]
 
-_LAST = re.compile(r"^(?P<whole>.*) \[(?P<kind>[a-z]+) (?P<number>\d+) of (?P<count>\d+)\]$")
-_FIRST = re.compile(r"^(?P<root>.*?) \[[a-z]+ \d+ of \d+\]")
 _REACH = 4
 """Operators from the value that stands for a branch back to its product."""
 
@@ -32,8 +29,7 @@ def whole_weight(nodes: Sequence[ir.Node], side: Side) -> Held | None:
         side: their model.
     """
     marked = next((v for node in nodes for v in node.outputs if branches_of(v)), None)
-    root = _FIRST.match(stands_for(marked) or "") if marked is not None else None
-    return _held(root["root"], side) if root is not None else None
+    return _held(value_of_layer(stands_for(marked) or ""), side) if marked is not None else None
 
 
 def _held(name: str, side: Side) -> Held | None:
@@ -53,9 +49,9 @@ def _held(name: str, side: Side) -> Held | None:
 def _branches(name: str, side: Side) -> Iterator[tuple[str, BranchKind]]:
     """Yield the branches of the value of this name, in order."""
     for original, key in list(side.by_key):
-        match = _LAST.match(key) if original else None
-        if match is not None and match["whole"] == name:
-            yield key, BranchKind(match["kind"])
+        last = last_branch(key) if original else None
+        if last is not None and last[0] == name:
+            yield key, last[1].kind
 
 
 def _product(name: str, side: Side) -> Held | None:
