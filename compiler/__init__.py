@@ -6,6 +6,7 @@ from __future__ import annotations
 from splitfold.compiler import presets
 from splitfold.compiler.debug.snapshots import Snapshots
 from splitfold.compiler.driver import compile
+from splitfold.compiler.finetuning import Trained, finetune
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.tolerance import Budget, Tolerance
 from splitfold.passes.pipeline import Pipeline
@@ -21,7 +22,9 @@ __all__ = [
     "Snapshots",
     "Target",
     "Tolerance",
+    "Trained",
     "Unrealised",
     "compile",
+    "finetune",
     "presets",
 ]

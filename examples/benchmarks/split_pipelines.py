@@ -97,6 +97,8 @@ def chooser_table(subject: Subject, folder: Path) -> Table:
         apart(2, 64, 0.05, "mse"),
         plain(2, 32, "mse"),
         plain(3, 32, "mse"),
+        apart(2, 64, 0.05, "gptq"),
+        plain(2, 32, "gptq"),
     ]
     rows = [row(subject, text, batches, folder) for text in texts]
     table = _table("MiniLM, splitting where it pays, at most 3 bits a weight all told", rows)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.fx
 
-from splitfold.runtime.feeds import Feeds
 from splitfold.runtime.lift.dtypes import array_tensor
 
 __all__ = ["ORIGIN", "VALUE", "Lifted", "Origin"]
@@ -59,21 +58,22 @@ class Lifted:
     values: Mapping[str, str]
     parameters: Mapping[str, str]
 
-    def run(self, feeds: Feeds) -> dict[str, Any]:
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run the module on numpy arrays or tensors by name; return its outputs, torch tensors, by name."""
-        return dict(zip(self.outputs, self.module(*self._arguments(feeds)), strict=True))
+        return dict(zip(self.outputs, self.module(*self.arguments(feeds)), strict=True))
 
-    def record(self, feeds: Feeds, names: Iterable[str]) -> dict[str, Any]:
+    def record(self, feeds: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """Run the module node by node and return the values of these ONNX names, with their gradients' graph.
 
         Raises:
             KeyError: there is no such value at the top level, or it is a constant.
         """
         recorder = _Recorder(self.module, {self.values[name]: name for name in names})
-        recorder.run(*self._arguments(feeds))
+        recorder.run(*self.arguments(feeds))
         return recorder.found
 
-    def _arguments(self, feeds: Feeds) -> list[Any]:
+    def arguments(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """Return arrays or tensors by name as the tensors that the module takes, in order."""
         return [_tensor(feeds[name]) for name in self.inputs]
 
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`finetune`: train an ONNX model, or the parts that a substitution added, and get an ONNX model back."""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from splitfold.compiler.source import read_graph
+from splitfold.passes.errors import SpecError
+from splitfold.passes.identity import layers_of, name_layers
+from splitfold.passes.provenance import stands_for
+from splitfold.runtime.digest import content_digest
+from splitfold.runtime.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from splitfold.runtime.lift import Lifted
+    from splitfold.runtime.training import Data, InLoop, Loss, Optimizer, Schedule, Step
+
+__all__ = ["Trained", "finetune"]
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 20
+"""How often the loss is logged in one run."""
+
+
+class Trained(enum.Enum):
+    """Which weights are trained."""
+
+    ALL = "all"
+    """All that a layer reads."""
+    ADDED = "added"
+    """Those that passes added, such as gates: what only nodes read that stand for no original value."""
+
+
+def finetune(
+    model: object,
+    data: Data,
+    loss: Loss,
+    steps: int,
+    *,
+    train: Trained = Trained.ALL,
+    only: Sequence[str] = (),
+    rate: float = 1e-4,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    clip_norm: float = 1.0,
+    seed: int = 0,
+    in_loop: InLoop | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+    observer: Callable[[Step], None] | None = None,
+) -> ir.Model:
+    """Train a model on the CPU and return it with other weights: same operators, names and shapes.
+
+    The model is lifted to torch, trained, and the weights are written back; `compile` and every pass take
+    the result. The same arguments give the same weights on one machine, also where the run was stopped and
+    taken up again from its checkpoint.
+
+    Args:
+        model: `onnx_ir.Model`, `onnx.ModelProto` or path of a float model; it is left alone.
+        data: list of batches, shuffled anew in each epoch, or a function that returns the batches of an
+            epoch. A batch maps names to arrays: the model's inputs, and whatever `loss` needs.
+        loss: maps the outputs and the batch (torch tensors by name) to a scalar tensor.
+        steps: of the optimiser, one batch each.
+        train: which weights.
+        only: layer patterns (shell wildcards): of these weights, those that a matching layer reads. A layer
+            that is left out keeps its weights bit for bit.
+        rate: learning rate of the default optimiser.
+        optimizer: makes another one from the parameters; default AdamW without weight decay.
+        schedule: of the learning rate; default 5 % warm-up, then a cosine down to 5 %.
+        clip_norm: largest norm of all gradients together; 0 is no limit.
+        seed: of the order of the data, and of torch.
+        in_loop: what is quantized while training. The weights that come back are float: with
+            `WeightScale.RANGE` those that were trained, for a symmetric quantizer with a scale an output
+            channel to round as training did; with `WeightScale.STATISTICS` those on the grid, as no
+            quantizer searches for that one.
+        checkpoint: file that the run is kept in; one that is there is taken up.
+        checkpoint_every: steps between two writings.
+        observer: called after each step; the log has the loss some twenty times.
+
+    Raises:
+        CaptureError: the model is no ONNX model.
+        UnsupportedError: the model holds an operator that cannot be trained through; the message names it.
+        SpecError: a pattern matches no layer.
+        TrainingError: there is nothing to train, the data or the loss do not fit, or training diverged.
+        ImportError: torch is not installed (`splitfold[torch]`).
+    """
+    from splitfold.runtime.lift import lift, lower_weights
+    from splitfold.runtime.training import loop
+    from splitfold.runtime.training.errors import TrainingError
+    from splitfold.runtime.training.in_loop import put_in_loop
+    from splitfold.runtime.training.on_grid import adamw, put_on_grid
+
+    if steps < 1 or checkpoint_every < 1:
+        raise ValueError(f"steps ({steps}) and checkpoint_every ({checkpoint_every}) are at least 1.")
+    result, _ = read_graph(model)
+    lifted = lift(result)
+    held = _freeze(lifted, set(_wanted(result, train, only)))
+    if not held:
+        raise TrainingError(f"no weight is to be trained (train={train.value}, only={list(only)}).")
+    key = _key(result, held, steps, seed, rate, in_loop)
+    grids = put_in_loop(lifted, in_loop) if in_loop is not None else {}
+    loop.train(
+        lifted,
+        data,
+        loss,
+        steps,
+        optimizer=optimizer or adamw(rate),
+        schedule=schedule or loop.Schedule(),
+        clip_norm=clip_norm,
+        seed=seed,
+        grids=grids,
+        annealing=in_loop.annealing if in_loop is not None else None,
+        checkpoints=loop.Checkpoints(Path(checkpoint), checkpoint_every, key) if checkpoint else None,
+        observer=_told(steps, observer),
+    )
+    put_on_grid(lifted, grids)
+    lower_weights(lifted, result)
+    return result
+
+
+def _wanted(model: ir.Model, train: Trained, only: Sequence[str]) -> Iterator[str]:
+    """Yield the names of the initializers to train; inside of subgraphs all count as the original's."""
+    named = model.clone()
+    name_layers(named)
+    known = sorted({layer for node in named.graph for layer in layers_of(node)})
+    for pattern in only:
+        if not fnmatch.filter(known, pattern):
+            raise SpecError(f"finetune: no layer matches '{pattern}'.{did_you_mean(pattern, known)}")
+    for name, value in named.graph.initializers.items():
+        readers = [use.node for use in value.uses()]
+        layers = {layer for node in readers for layer in layers_of(node)}
+        added = all(stands_for(output) is None for node in readers for output in node.outputs)
+        fits = not only or any(fnmatch.filter(layers, pattern) for pattern in only)
+        if readers and fits and (added or train is Trained.ALL):
+            yield name
+
+
+def _freeze(lifted: Lifted, wanted: set[str]) -> list[str]:
+    """Let only parameters of these initializers be trained; return which those are."""
+    parameters = dict(lifted.module.named_parameters())
+    trained = {lifted.parameters[name] for name in wanted if name in lifted.parameters}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(parameter.requires_grad and name in trained)
+    return sorted(name for name, parameter in parameters.items() if parameter.requires_grad)
+
+
+def _key(model: ir.Model, trained: Sequence[str], *settings: object) -> str:
+    text = repr((content_digest(model), list(trained), *settings))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _told(steps: int, observer: Callable[[Step], None] | None) -> Callable[[Step], None]:
+    every = max(1, steps // _SHOWN)
+
+    def tell(step: Step) -> None:
+        if step.number % every == 0 or step.number == 1:
+            logger.info("step %d of %d: loss %.4g, gradient %.3g", *vars(step).values())
+        if observer is not None:
+            observer(step)
+
+    return tell
