@@ -98,7 +98,10 @@ def chooser_table(subject: Subject, folder: Path) -> Table:
         plain(2, 32, "mse"),
         plain(3, 32, "mse"),
         apart(2, 64, 0.05, "gptq"),
+        f"split-layers{{{options},block=128,min-gain=0}},{plain(2, 128, 'gptq')}",
         plain(2, 32, "gptq"),
+        plain(2, 64, "gptq"),
+        plain(2, 128, "gptq"),
     ]
     rows = [row(subject, text, batches, folder) for text in texts]
     table = _table("MiniLM, splitting where it pays, at most 3 bits a weight all told", rows)
