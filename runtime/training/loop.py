@@ -186,7 +186,8 @@ def _loss(loss: Loss, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TrainingError(f"step {step}: the loss is a scalar tensor, but the function gave {shape}.")
     if not torch.isfinite(value):
-        raise TrainingError(f"step {step}: the loss is {float(value.detach())}. Lower the rate, or check the data.")
+        number = float(value.detach())
+        raise TrainingError(f"step {step}: the loss is {number}. Lower the rate, or check the data.")
     if not value.requires_grad:
         raise TrainingError(f"step {step}: the loss does not depend on anything that is trained.")
     return value.reshape(())
