@@ -29,7 +29,7 @@ from splitfold.runtime.padding import Padding, usual_padding
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
-__all__ = ["BATCHES", "local_errors", "output_errors"]
+__all__ = ["BATCHES", "PieceStep", "local_errors", "measured_batches", "output_errors", "walked"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ def local_errors(subject: Subject, who: str) -> ByChoice:
     Raises:
         CalibrationError: there is no calibration data, or it does not fit.
     """
-    batches, found = _batches(subject, who), {}
+    batches, found = measured_batches(subject, who), {}
     counted = _Counted(usual_padding(subject.model), batches)
-    for step in _walked(subject, batches):
+    for step in walked(subject, batches):
         errors = {item: counted.relative([step.expected], [made]) for item, made in step.made.items()}
         found[step.piece.layer.name] = _complete(subject, step.piece, errors)
     return found
@@ -62,13 +62,13 @@ def output_errors(subject: Subject, who: str) -> ByChoice:
 
     Args and errors: see `local_errors`.
     """
-    batches = _batches(subject, who)
+    batches = measured_batches(subject, who)
     counted = _Counted(usual_padding(subject.model), batches)
     whole = Session(subject.model, subject.context.target, optimization=Optimization.ALL)
     reference = _floats([whole.run(feeds) for feeds in batches])
     del whole
     found = {}
-    for step in _walked(subject, batches):
+    for step in walked(subject, batches):
         rest = _Rest(step, subject, tuple(reference))
         errors = {
             item: counted.relative(reference.values(), rest.outputs(made)) for item, made in step.made.items()
@@ -77,7 +77,12 @@ def output_errors(subject: Subject, who: str) -> ByChoice:
     return found
 
 
-def _batches(subject: Subject, who: str) -> list[Feeds]:
+def measured_batches(subject: Subject, who: str) -> list[Feeds]:
+    """Return the batches of calibration data that a measurement looks at.
+
+    Raises:
+        CalibrationError: there is none, or it does not fit.
+    """
     data = required_calibration(subject.context.calibration, who, subject.model)
     return list(itertools.islice(data, BATCHES))
 
@@ -89,7 +94,7 @@ def _floats(runs: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
 
 
 @dataclass(frozen=True)
-class _Step:
+class PieceStep:
     """The walk at the end of a layer: what comes out in float and in each low-bit form, one array a batch."""
 
     piece: Piece
@@ -98,7 +103,9 @@ class _Step:
     made: Mapping[Precision, Sequence[Array]]
 
 
-def _walked(subject: Subject, batches: Sequence[Feeds]) -> Iterator[_Step]:
+def walked(subject: Subject, batches: Sequence[Feeds]) -> Iterator[PieceStep]:
+    """Yield the layers of `subject` in the order of execution, each with what it and its low-bit forms
+    compute from the float model's activations."""
     target = subject.context.target
     ends = {piece.layer.input.name or "": piece.end.name or "" for piece in subject.pieces}
     walk = Walk(subject.model, batches, target, until=ends)
@@ -108,7 +115,7 @@ def _walked(subject: Subject, batches: Sequence[Feeds]) -> Iterator[_Step]:
         expected = [values[end] for values in walk.values([end])]
         made = {item: _run(form, inputs, target) for item, form in piece.forms.items()}
         logger.info("layer %d of %d: %s", at + 1, len(subject.pieces), piece.layer.name)
-        yield _Step(piece, walk, expected, made)
+        yield PieceStep(piece, walk, expected, made)
 
 
 def _run(form: ir.Model, inputs: Sequence[Array], target: Target) -> list[Array]:
@@ -121,7 +128,7 @@ def _run(form: ir.Model, inputs: Sequence[Array], target: Target) -> list[Array]
 class _Rest:
     """What the model computes from the end of a layer on."""
 
-    def __init__(self, step: _Step, subject: Subject, outputs: Sequence[str]) -> None:
+    def __init__(self, step: PieceStep, subject: Subject, outputs: Sequence[str]) -> None:
         graph = subject.model.graph
         made = {value.name: at for at, node in enumerate(graph) for value in node.outputs}
         self._end, self._outputs = step.piece.end.name or "", outputs

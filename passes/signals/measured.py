@@ -12,7 +12,7 @@ from splitfold.passes.signals.deviations import local_errors, output_errors
 from splitfold.passes.signals.signal import Basis, ByChoice, Scores, Signal
 from splitfold.passes.signals.subject import Subject
 
-__all__ = ["LocalError", "Sensitivity"]
+__all__ = ["LocalError", "Sensitivity", "loss_scores"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Sensitivity(Signal):
 
     def scores(self, subject: Subject) -> Scores:
         """See `Signal`."""
-        return _losses(self.name, output_errors(subject, "the signal sensitivity"))
+        return loss_scores(self.name, output_errors(subject, "the signal sensitivity"))
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class LocalError(Signal):
 
     def scores(self, subject: Subject) -> Scores:
         """See `Signal`."""
-        return _losses(self.name, local_errors(subject, "the signal local-error"))
+        return loss_scores(self.name, local_errors(subject, "the signal local-error"))
 
 
-def _losses(name: str, errors: ByChoice) -> Scores:
+def loss_scores(name: str, errors: ByChoice) -> Scores:
+    """Return the losses of each choice as scores; a layer's own number is their geometric mean."""
     return Scores(name, Basis.LOSS, {layer: _level(own) for layer, own in errors.items()}, errors)
 
 

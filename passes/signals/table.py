@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 
 from splitfold.passes.signals.activations import ActivationKurtosis, InfinityNorm
 from splitfold.passes.signals.baselines import Random, Reversed, Uniform
+from splitfold.passes.signals.gradients import Fisher, GradientActivation
+from splitfold.passes.signals.hessian import Hawq, HessianTrace
 from splitfold.passes.signals.measured import LocalError, Sensitivity
+from splitfold.passes.signals.relevance import LayerRelevance, RelevanceError
 from splitfold.passes.signals.signal import Signal
+from splitfold.passes.signals.taylor import FirstOrderTaylor, SecondOrderTaylor
 from splitfold.passes.signals.weights import Farms, WeightKurtosis
 
 __all__ = ["SignalKind", "make_signal"]
@@ -20,6 +24,14 @@ class SignalKind(enum.Enum):
 
     SENSITIVITY = "sensitivity"
     LOCAL_ERROR = "local-error"
+    RELEVANCE = "relevance"
+    RELEVANCE_ERROR = "relevance-error"
+    GRADIENT_ACTIVATION = "gradient-activation"
+    TAYLOR = "taylor"
+    TAYLOR_2 = "taylor-2"
+    FISHER = "fisher"
+    HESSIAN_TRACE = "hessian-trace"
+    HAWQ_V2 = "hawq-v2"
     WEIGHT_KURTOSIS = "weight-kurtosis"
     ACTIVATION_KURTOSIS = "activation-kurtosis"
     INFINITY_NORM = "infinity-norm"
@@ -31,6 +43,14 @@ class SignalKind(enum.Enum):
 _MADE: Mapping[SignalKind, Callable[[], Signal]] = {
     SignalKind.SENSITIVITY: Sensitivity,
     SignalKind.LOCAL_ERROR: LocalError,
+    SignalKind.RELEVANCE: LayerRelevance,
+    SignalKind.RELEVANCE_ERROR: RelevanceError,
+    SignalKind.GRADIENT_ACTIVATION: GradientActivation,
+    SignalKind.TAYLOR: FirstOrderTaylor,
+    SignalKind.TAYLOR_2: SecondOrderTaylor,
+    SignalKind.FISHER: Fisher,
+    SignalKind.HESSIAN_TRACE: HessianTrace,
+    SignalKind.HAWQ_V2: Hawq,
     SignalKind.WEIGHT_KURTOSIS: WeightKurtosis,
     SignalKind.ACTIVATION_KURTOSIS: ActivationKurtosis,
     SignalKind.INFINITY_NORM: InfinityNorm,
