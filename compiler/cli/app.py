@@ -18,6 +18,7 @@ from splitfold.compiler.cli.explain_command import explain_command
 from splitfold.compiler.cli.group import Commands
 from splitfold.compiler.cli.inspect_command import inspect_command
 from splitfold.compiler.cli.opt_command import opt_command
+from splitfold.compiler.cli.outliers_command import outliers_command
 from splitfold.compiler.cli.output import out
 from splitfold.compiler.cli.passes_command import passes_command
 from splitfold.compiler.cli.plan_command import plan_command
@@ -72,6 +73,7 @@ app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 app.command("diff")(diff_command)
 app.command("drift")(drift_command)
+app.command("outliers")(outliers_command)
 app.command("explain")(explain_command)
 app.command("bench")(bench_command)
 app.command("profile")(profile_command)
