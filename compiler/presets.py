@@ -5,19 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from splitfold.passes.assign_precision import AssignPrecisionPass
+from splitfold.passes.base import Pass
 from splitfold.passes.canonicalize import CanonicalizePass
+from splitfold.passes.drop_nan_guards import DropNanGuardsPass
 from splitfold.passes.errors import SpecError
+from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass, ScaleMethod
+from splitfold.passes.merge_transposes import MergeTransposesPass
 from splitfold.passes.pipeline import Pipeline
+from splitfold.passes.precision import Precision
 from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
 from splitfold.passes.quantize_weights import QuantizeWeightsPass, WeightMethod
+from splitfold.passes.simplify_reshapes import SimplifyReshapesPass
 from splitfold.passes.static_int8 import StaticForm
 from splitfold.passes.unfuse_norms import UnfuseNormsPass
 from splitfold.runtime.errors import did_you_mean
 
-__all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "low_bit", "preset"]
+__all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "low_bit", "mixed", "preset"]
 
 _STATIC_SQNR = 20.0
 """dB below which a layer's static form is not taken."""
@@ -26,9 +33,20 @@ _DYNAMIC_SQNR = 15.0
 _LOW_BITS = 3
 
 
+def _simplified() -> tuple[Pass, ...]:
+    """Return what every preset begins with: canonical form, and less work around the arithmetic."""
+    return (
+        CanonicalizePass(),
+        DropNanGuardsPass(),
+        SimplifyReshapesPass(),
+        MergeTransposesPass(),
+        FoldMultipliersPass(),
+    )
+
+
 def exact() -> Pipeline:
-    """Return the lossless pipeline: canonical form only."""
-    return Pipeline.of(CanonicalizePass())
+    """Return the lossless pipeline: canonical form, and the removal of work that computes nothing."""
+    return Pipeline.of(*_simplified())
 
 
 def int8() -> Pipeline:
@@ -38,7 +56,7 @@ def int8() -> Pipeline:
     Needs calibration data. Embedding tables are held in int8.
     """
     return Pipeline.of(
-        CanonicalizePass(),
+        *_simplified(),
         FoldScalesPass(),
         QuantizeActivationsPass(min_sqnr=_STATIC_SQNR, form=StaticForm.INTEGER),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
@@ -50,7 +68,7 @@ def int8() -> Pipeline:
 def int8_dynamic() -> Pipeline:
     """Return dynamic int8 for linear layers and int8 embedding tables; needs no calibration data."""
     return Pipeline.of(
-        CanonicalizePass(),
+        *_simplified(),
         FoldScalesPass(data_free=True),
         QuantizeDynamicPass(),
         QuantizeEmbeddingsPass(),
@@ -61,7 +79,7 @@ def int8_dynamic() -> Pipeline:
 def int4() -> Pipeline:
     """Return 4-bit weights in blocks of 32 with zero points, and int8 embedding tables; needs no calibration
     data."""
-    return Pipeline.of(CanonicalizePass(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass())
+    return Pipeline.of(*_simplified(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass())
 
 
 def low_bit() -> Pipeline:
@@ -70,9 +88,25 @@ def low_bit() -> Pipeline:
     Needs calibration data. They are stored in 4 bits, for which the CPU provider has a kernel.
     """
     return Pipeline.of(
-        CanonicalizePass(),
+        *_simplified(),
         FoldScalesPass(method=ScaleMethod.AWQ, bits=_LOW_BITS),
         QuantizeWeightsPass(method=WeightMethod.GPTQ, bits=_LOW_BITS, act_order=True),
+    )
+
+
+def mixed() -> Pipeline:
+    """Return the pipeline whose plans `compile` searches where a drop of a metric is given and no pipeline:
+    each layer in float, static int8, dynamic int8 or 4-bit weights.
+
+    Needs calibration data.
+    """
+    choices = (Precision.float(), Precision.int8_static(), Precision.int8_dynamic(), Precision.blocks(4))
+    return Pipeline.of(
+        *_simplified(),
+        FoldScalesPass(),
+        AssignPrecisionPass(choices=choices),
+        QuantizeEmbeddingsPass(),
+        UnfuseNormsPass(),
     )
 
 

@@ -15,6 +15,7 @@ from splitfold.runtime.feeds import Array
 __all__ = [
     "add_initializer",
     "constant",
+    "drop_computed",
     "drop_initializer",
     "drop_unused",
     "emit",
@@ -220,6 +221,17 @@ def drop_unused(nodes: Iterable[ir.Node]) -> None:
         owner.remove(node, safe=True)
         for value in inputs:
             drop_initializer(value)
+
+
+def drop_computed(value: ir.Value | None) -> None:
+    """Remove `value` where nobody reads it, and all that only computed it."""
+    node = value.producer() if value is not None else None
+    if node is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
+        return
+    inputs = list(node.inputs)
+    drop_unused([node])
+    for operand in inputs:
+        drop_computed(operand)
 
 
 def drop_initializer(value: ir.Value | None) -> None:

@@ -118,8 +118,8 @@ def _second_run(model: ir.Model) -> str:
     nameless = [node.name for graph in model.graphs() for node in graph if not layers_of(node)]
     if nameless:
         return f"{nameless[0]} has no layer"
-    (record,) = presets.exact().run(model)
-    return f"a second run finds {record.applied}" if record.modified else ""
+    again = [record for record in presets.exact().run(model) if record.modified]
+    return f"a second run finds {again[0].applied} ({again[0].text})" if again else ""
 
 
 def _validity(proto: onnx.ModelProto) -> str | None:
