@@ -8,6 +8,7 @@ from splitfold.compiler.debug.snapshots import Snapshots
 from splitfold.compiler.driver import compile
 from splitfold.compiler.finetuning import Trained, finetune
 from splitfold.compiler.realisation import Unrealised
+from splitfold.compiler.search.options import Goal, Search, Unmet
 from splitfold.compiler.tolerance import Budget, Tolerance
 from splitfold.passes.pipeline import Pipeline
 from splitfold.runtime.artifact import Artifact
@@ -17,12 +18,15 @@ from splitfold.runtime.target import Target
 __all__ = [
     "Artifact",
     "Budget",
+    "Goal",
     "Pipeline",
+    "Search",
     "Session",
     "Snapshots",
     "Target",
     "Tolerance",
     "Trained",
+    "Unmet",
     "Unrealised",
     "compile",
     "finetune",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from splitfold.compiler.search.found import Searched
 from splitfold.compiler.source import Source
 from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.artifact import Artifact
@@ -21,10 +22,12 @@ class Compiled(Artifact):
         records: the pass records, with times.
         source: the model before any pass, the feeds that the outputs were compared on, and the calibration
             data.
+        search: what the search for the best model within a drop of the metric came to, where there was one.
     """
 
     records: tuple[PassRecord, ...]
     source: Source
+    search: Searched | None = None
 
     def write_report(self, path: str | Path) -> Path:
         """Write a report of the compilation as one HTML file (replacing it) that needs no network, and return

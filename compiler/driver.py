@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,26 @@ from splitfold.compiler.checkpoint import Checkpoint
 from splitfold.compiler.compiled import Compiled
 from splitfold.compiler.debug.failure.blame import name_layer
 from splitfold.compiler.debug.reproduce.reproducer import REPRODUCERS, write_reproducer
-from splitfold.compiler.errors import VerificationError
+from splitfold.compiler.errors import EvaluationError
 from splitfold.compiler.manifest import build_manifest
+from splitfold.compiler.plan_record import named_by_digest
+from splitfold.compiler.presets import mixed
 from splitfold.compiler.realisation import Unrealised
+from splitfold.compiler.search.compiling import searched_job, settled
+from splitfold.compiler.search.evaluation import Subject, evaluate_all
+from splitfold.compiler.search.found import Searched, manifest_values
+from splitfold.compiler.search.options import Search
+from splitfold.compiler.search.scores import Evaluate
 from splitfold.compiler.source import Source, load_source
 from splitfold.compiler.tolerance import Budget, Tolerance
-from splitfold.passes.errors import Failure, FailureError
+from splitfold.passes.errors import FailureError
 from splitfold.passes.pipeline import Observer, Pipeline
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.digest import content_digest, feeds_digest
 from splitfold.runtime.model_file import weight_bytes
-from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
 __all__ = ["Evaluate", "compile", "complete"]
-
-Evaluate = Callable[[Session], float]
-"""The user's metric of an opened model; more is better."""
 
 
 def compile(
@@ -44,6 +46,7 @@ def compile(
     evaluate: Evaluate | None = None,
     budget: Budget | None = None,
     tolerance: Tolerance | None = None,
+    search: Search | None = None,
     dynamic_shapes: object = None,
     observers: Sequence[Observer] = (),
     unrealised: Unrealised = Unrealised.FLOAT,
@@ -61,9 +64,13 @@ def compile(
         target: where the artifact runs; default ONNX Runtime's CPU provider.
         calibration: representative inputs: re-iterable of feeds, generator function, DataLoader, ``.npz``
             path or folder.
-        evaluate: metric of an opened `Session`, recorded before and after.
-        budget: limits on the result's cost.
-        tolerance: limits on the result's deviation; default cosine 0.9.
+        evaluate: metric of an opened `Session`, more is better, recorded before and after: one number, or an
+            array [samples] of scores whose mean it is.
+        budget: limits on the result's cost. With `max_drop` the plans of the pipeline's `assign-precision`
+            (default `presets.mixed()`) are searched for the smallest or fastest model with which `evaluate`
+            loses no more; the best so far comes back in any case, and `Compiled.search` says what it keeps.
+        tolerance: limits on the result's deviation; default cosine 0.9, and none where `max_drop` is given.
+        search: how that search goes about it.
         dynamic_shapes: dynamic axes, as `torch.export.export` takes them.
         observers: are told of each pass.
         unrealised: what to do with a low-bit layer that no low-bit kernel computes.
@@ -77,20 +84,38 @@ def compile(
         PassFailedError: a pass failed or broke its promise.
         VerificationError: the result is out of tolerance, gives NaN or infinity, or does not run as deployed.
         OriginalFailedError: the model that was given does not run on the inputs.
-        BudgetError: the result costs too much.
+        EvaluationError: `evaluate` raised, returned NaN, or something that is no score.
+        BudgetError: the result costs too much, or no plan keeps `max_drop` and `search` makes that an error.
     """
-    place = target or Target.cpu()
+    place, spent = target or Target.cpu(), budget or Budget()
     source = load_source(model, example_inputs, dynamic_shapes, calibration, place)
-    limits = tolerance or Tolerance()
-    job = Job(source, complete(pipeline), place, limits, unrealised)
-    built = _build(job, observers, None if reproducers is None else Path(reproducers))
-    (budget or Budget()).check(weight_bytes(built.model))
-    facts = _facts(source, place, source.calibration) | {"put_back": built.put_back}
-    facts |= _metric(evaluate, source.model, built.model, place, limits)
-    manifest = build_manifest(
-        built.model, built.steps, built.records, built.realised, built.deviations, facts
+    failures = None if reproducers is None else Path(reproducers)
+    if spent.max_drop is None:
+        job = Job(source, complete(pipeline), place, tolerance or Tolerance(), unrealised)
+        built = _build(job, observers, failures)
+        return _compiled(job, built, spent, _metric(evaluate, source.model, built.model, job))
+    if evaluate is None:
+        raise ValueError(
+            "budget.max_drop is what the metric may lose: give evaluate, a function of a session."
+        )
+    steps = complete(mixed() if pipeline is None else pipeline)
+    job = Job(source, steps, place, tolerance or Tolerance(cosine=None), unrealised)
+    with searched_job(job, evaluate, spent, search or Search(), observers) as (planned, found):
+        built = _build(planned, observers, failures)
+        found = settled(found, built.model, evaluate, job)
+    return _compiled(job, built, spent, _searched(found), found)
+
+
+def _compiled(
+    job: Job, built: Built, budget: Budget, metric: dict[str, Any], search: Searched | None = None
+) -> Compiled:
+    budget.check(weight_bytes(built.model))
+    steps, records = named_by_digest(built.steps, built.records)
+    facts = _facts(job.source, job.target, job.source.calibration) | {"put_back": built.put_back} | metric
+    manifest = build_manifest(built.model, steps, records, built.realised, built.deviations, facts)
+    return Compiled(
+        built.model, manifest, job.target, records=tuple(records), source=job.source, search=search
     )
-    return Compiled(built.model, manifest, place, records=tuple(built.records), source=source)
 
 
 def _build(job: Job, observers: Sequence[Observer], reproducers: Path | None) -> Built:
@@ -116,16 +141,27 @@ def _facts(source: Source, target: Target, calibration: Calibration | None) -> d
     }
 
 
-def _metric(
-    evaluate: Evaluate | None, before: ir.Model, after: ir.Model, target: Target, limits: Tolerance
-) -> dict[str, Any]:
+def _metric(evaluate: Evaluate | None, before: ir.Model, after: ir.Model, job: Job) -> dict[str, Any]:
     if evaluate is None:
         return {}
-    first, last = float(evaluate(Session(before, target))), float(evaluate(Session(after, target)))
-    if math.isnan(first) or math.isnan(last):
-        raise VerificationError(
-            f"evaluate returned NaN ({first} before, {last} after): check the metric function.",
-            kind=Failure.METRIC,
-        )
-    limits.check_metric(first, last)
+    first, last = (
+        _mean(evaluate, before, "the original model", job),
+        _mean(evaluate, after, "the result", job),
+    )
+    job.tolerance.check_metric(first, last)
     return {"metric": {"before": first, "after": last}}
+
+
+def _mean(evaluate: Evaluate, model: ir.Model, what: str, job: Job) -> float:
+    found = evaluate_all(evaluate, [Subject(what, model)], job.target)[0]
+    fault = found.fault if found.scores is None else found.scores.fault
+    if found.scores is None or fault:
+        raise EvaluationError(f"{fault} for {what}: check the metric function.")
+    return found.scores.metric
+
+
+def _searched(found: Searched) -> dict[str, Any]:
+    return {
+        "metric": {"before": found.original, "after": found.metric},
+        "search": manifest_values(found),
+    }

@@ -12,6 +12,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "ComparisonError",
+    "EvaluationError",
     "OriginalFailedError",
     "ReportError",
     "VerificationError",
@@ -56,6 +57,18 @@ class VerificationError(FailureError):
     def culprit(self) -> str:
         """Text form of the pass to blame; empty where none is known."""
         return self.blame
+
+
+class EvaluationError(VerificationError):
+    """The user's metric cannot be used: it raised, returned NaN, an infinity or something that is no score,
+    or scored another number of samples than before.
+
+    Common causes: a metric that draws its samples anew in each call, one that returns a tuple or a dict, one
+    that holds what cannot be sent to another process.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, kind=Failure.METRIC)
 
 
 class OriginalFailedError(FailureError, SessionError):

@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from splitfold.compiler.plan_record import plans_values
 from splitfold.compiler.realisation import Realisation
 from splitfold.passes.opset import default_opset
 from splitfold.passes.pipeline import PassRecord, Pipeline
@@ -67,6 +68,7 @@ def build_manifest(
             "outputs": [_signature(value) for value in model.graph.outputs],
         },
         "records": [record_values(record) for record in records],
+        **plans_values(records),
         "realised": {item.layer: {"kernel": item.kernel, "low_bit": item.realised} for item in realised},
         "deviation": {name: _finite(dataclasses.asdict(found)) for name, found in deviations.items()},
         **facts,
@@ -90,6 +92,8 @@ def record_values(record: PassRecord) -> dict[str, Any]:
     """Return a record as plain JSON values, without its time."""
     data = dataclasses.asdict(record)
     data.pop("seconds")
+    if data.pop("plan") is not None and record.plan is not None:
+        data["plan"] = record.plan.digest
     data["applied"] = [list(item) for item in record.applied]
     data["skipped"] = [list(item) for item in record.skipped]
     data["missed"] = [list(item) for item in record.missed]

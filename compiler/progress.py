@@ -10,9 +10,17 @@ from typing import TypeVar
 
 import onnx_ir as ir
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Bars
 
+from splitfold.compiler.search.found import Trial
 from splitfold.passes.base import Pass
 from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.calibration import Calibration
@@ -23,7 +31,8 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Observer that draws a bar over the passes, and one over calibration batches while they are walked.
+    """Observer that draws a bar over the passes, one over calibration batches while they are walked, and one
+    over the evaluations of a search.
 
     Give it to `compile` in a ``with`` block, so that the bars go also where compilation fails::
 
@@ -47,6 +56,7 @@ class Progress:
             disable=not shown.is_terminal,
         )
         self._passes = self._bars.add_task("passes", total=None, visible=False)
+        self._trials: TaskID | None = None
         self._now = "reading"
         self._batches: int | None = None
 
@@ -89,11 +99,21 @@ class Progress:
         finally:
             self._bars.remove_task(task)
 
+    def after_trial(self, trial: Trial, evaluations: int, limit: int) -> None:
+        """Show how many models were evaluated, and how the last one does."""
+        if self._trials is None:
+            self._trials = self._bars.add_task("evaluations", total=limit)
+        text = f"evaluations ({trial.judgement})"
+        self._bars.update(self._trials, description=text, completed=evaluations)
+
     def before_pass(self, step: Pass, model: ir.Model, index: int, total: int) -> None:
         """Show which pass runs."""
         if not self._bars.live.is_started and not self._bars.disable:
             self._bars.start()
         self._now = step.name
+        if self._trials is not None:
+            self._bars.remove_task(self._trials)
+            self._trials = None
         self._bars.update(self._passes, description=step.name, completed=index, total=total, visible=True)
 
     def after_pass(self, step: Pass, model: ir.Model, record: PassRecord) -> PassRecord:

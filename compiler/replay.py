@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,10 @@ from typing import Any
 
 from splitfold.compiler.driver import compile
 from splitfold.compiler.manifest import FORMAT, installed_version
+from splitfold.compiler.plan_record import with_plan_files, with_recorded_plans
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.tolerance import Tolerance
-from splitfold.passes.pipeline import Observer
+from splitfold.passes.pipeline import Observer, Pipeline
 from splitfold.runtime.artifact import Artifact, read_manifest
 from splitfold.runtime.digest import content_digest
 from splitfold.runtime.errors import ArtifactError
@@ -26,7 +28,7 @@ __all__ = ["Replay", "replay"]
 
 logger = logging.getLogger(__name__)
 
-_CARRIED_OVER = ("metric", "put_back")
+_CARRIED_OVER = ("metric", "search", "put_back")
 """What a replay cannot find again: the user's metric function is not in the manifest, and the layers that the
 compiler put back to float are excluded from the start by the recorded pipeline."""
 
@@ -79,10 +81,10 @@ def replay(
         )
     _check_calibration_given(place, manifest, calibration)
     warnings = _version_warnings(manifest)
-    built = compile(
+    again = functools.partial(
+        compile,
         model,
         example_inputs,
-        pipeline=str(manifest["pipeline"]),
         target=Target.named(str(manifest["target"])),
         calibration=calibration,
         dynamic_shapes=dynamic_shapes,
@@ -90,7 +92,13 @@ def replay(
         observers=observers,
         unrealised=Unrealised.KEEP,  # layers that went back to float stand in the recorded pipeline
     )
-    _check_digests(place, manifest, built.manifest)
+    with tempfile.TemporaryDirectory(prefix="splitfold-plans-") as folder:
+        steps = Pipeline.parse(str(manifest["pipeline"]))
+        built: Artifact = again(pipeline=with_plan_files(manifest, steps, Path(folder)))
+        _check_digests(place, manifest, built.manifest)
+        if "plans" in manifest and built.manifest.get("plans") != manifest["plans"]:
+            warnings.append("another plan of precisions would be made now: the recorded one was carried out")
+            built = again(pipeline=with_recorded_plans(manifest, steps, Path(folder)))
     carried = {key: manifest[key] for key in _CARRIED_OVER if key in manifest}
     built = dataclasses.replace(built, manifest={**built.manifest, **carried})
     same = content_digest(read_model(model_path(place))) == content_digest(built.model)

@@ -103,13 +103,21 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the result may cost; None is no limit.
+    """What the result may cost, in size and in the user's metric; None is no limit.
 
     Args:
         megabytes: largest size of all weights, in 10^6 bytes.
+        max_drop: what the user's metric may lose, absolute. It makes `compile` search for the smallest or
+            fastest model that keeps it.
     """
 
     megabytes: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("megabytes", self.megabytes), ("max_drop", self.max_drop)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it is a number from 0 up, or None.")
 
     def check(self, size: int) -> None:
         """Raise `BudgetError` where `size` (bytes) is over the budget."""

@@ -18,11 +18,13 @@ from splitfold.runtime.feeds import Array
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
-__all__ = ["activation_stats", "channel_extremes", "required_calibration"]
+__all__ = ["activation_stats", "channel_extremes", "channel_rows", "required_calibration"]
 
 logger = logging.getLogger(__name__)
 
 _MOMENTUM = 0.9
+_ROWS = 4096
+_ROWS_A_BATCH = 512
 
 
 @dataclass
@@ -163,3 +165,25 @@ def channel_extremes(
 
     _walk(session, calibration, names, use)
     return seen
+
+
+def channel_rows(
+    model: ir.Model, values: Iterable[str], calibration: Calibration, target: Target
+) -> dict[str, Array]:
+    """Return, for each named value, a sample of the rows along its last axis, float32 [rows, channels]: at
+    most 512 of each batch, evenly spaced, and 4096 in all.
+
+    Raises:
+        CalibrationError: a batch does not fit, or the data is empty.
+    """
+    names = list(dict.fromkeys(values))
+    session = Session(model, target, optimization=Optimization.ALL, taps=names)
+    kept: dict[str, list[Array]] = {name: [] for name in names}
+
+    def use(name: str, array: Array) -> None:
+        rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+        left = _ROWS - sum(map(len, kept[name]))
+        kept[name].append(rows[:: max(1, -(-len(rows) // _ROWS_A_BATCH))][:left].copy())
+
+    _walk(session, calibration, names, use)
+    return {name: np.concatenate(parts) for name, parts in kept.items()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitfold.passes.allocate import Front, pareto_front
+from splitfold.passes.allocate import Front, Selection, pareto_front
 from splitfold.passes.casts import choose_with_casts
 from splitfold.passes.errors import BudgetError
 from splitfold.passes.layer_cost import beside_bytes, weight_bytes_in, weight_count
@@ -86,6 +86,16 @@ class Allocation:
     def front(self) -> Front:
         """All plans that no other beats in bytes and loss, from the smallest on."""
         return pareto_front(self._losses, self._costs(Unit.MEGABYTES))
+
+    @functools.cached_property
+    def time_front(self) -> Front:
+        """All plans that no other beats in measured time and loss, from the fastest on; sizes are nanoseconds
+        more than in float. What neighbours save one another is not in it.
+
+        Raises:
+            ValueError: no times were measured.
+        """
+        return pareto_front(self._losses, self._costs(Unit.MILLISECONDS))
 
     @functools.cached_property
     def rest_bytes(self) -> int:
@@ -203,7 +213,11 @@ class Allocation:
 
     def at(self, position: int) -> PrecisionPlan:
         """Return the plan at a position of the front."""
-        return self._plan(self.front.selection(position).choices, ())
+        return self.planned(self.front.selection(position))
+
+    def planned(self, selection: Selection) -> PrecisionPlan:
+        """Return the plan that takes these choices, such as a selection of a front."""
+        return self._plan(selection.choices, ())
 
     def uniform(self, precision: Precision) -> PrecisionPlan:
         """Return the plan in which every layer that can have `precision` has it, the others their own largest

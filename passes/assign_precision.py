@@ -108,7 +108,8 @@ class AssignPrecisionPass(LayerPass):
         changed = carry_out(model, wanted, context, carrying, findings)
         _keep_float(layers, wanted, changed, findings)
         if wanted:
-            findings.notes.append(_note(plan))
+            findings.plan = plan
+            findings.notes.append(_note(plan, made=not self.plan))
         for row in plan.layers:
             if row.name in wanted and row.why and not self.plan:
                 findings.miss(row.name, "another precision", row.why)
@@ -122,9 +123,16 @@ class AssignPrecisionPass(LayerPass):
         """
         return candidate_layers(self, model, findings, _obstacle)
 
-    def allocation(self, model: ir.Model, layers: Sequence[Layer], context: Context) -> Allocation:
-        """Return what the budget, or any other, can be spent on."""
-        return allocate(model, layers, self.request, context, self.budget)
+    def allocation(
+        self,
+        model: ir.Model,
+        layers: Sequence[Layer],
+        context: Context,
+        budget: Sequence[Limit] | None = None,
+    ) -> Allocation:
+        """Return what a budget (default: that of the pass) or any other can be spent on; times are measured
+        where one of its limits is in milliseconds."""
+        return allocate(model, layers, self.request, context, self.budget if budget is None else budget)
 
 
 def _obstacle(layer: Layer) -> str | None:
@@ -161,9 +169,12 @@ def _keep_float(
                 layer.node.metadata_props[_KEPT] = str(wanted[layer.name])
 
 
-def _note(plan: PrecisionPlan) -> str:
+def _note(plan: PrecisionPlan, *, made: bool) -> str:
+    """Return what the plan is; sizes only of a plan just made: those in a file may be of another model."""
     counts = ", ".join(f"{count} {word}" for word, count in plan.counts().items())
+    if plan.edited:
+        return f"plan edited by hand: {counts}"
     kept = f" within {', '.join(plan.budget)}" if plan.budget else ""
-    sizes = f": {plan.bytes:,} bytes, {plan.weight_bits:.2f} bits a weight as stored" if plan.bytes else ""
+    sizes = f": {plan.bytes:,} bytes, {plan.weight_bits:.2f} bits a weight as stored" if made else ""
     by = f" by {plan.signal}" if plan.signal else ""
     return f"plan{by}{kept}: {counts}{sizes}"

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from splitfold.passes.branches import layer_pattern
 from splitfold.passes.errors import Failure, PassFailedError, SpecError
+from splitfold.passes.plan import PrecisionPlan
 from splitfold.passes.values import forget_names, import_domains
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import did_you_mean
@@ -70,6 +71,7 @@ class Findings:
             candidate, so nobody was promised anything.
         measured: by layer, the SQNR in dB of its own low-bit output, taken or not, on the float model's
             activations.
+        plan: the plan of precisions that was carried out, where the pass makes or reads one.
     """
 
     applied: list[tuple[str, str]] = field(default_factory=list)
@@ -78,6 +80,7 @@ class Findings:
     carried: dict[str, list[str]] = field(default_factory=dict)
     missed: list[tuple[str, str, str]] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
+    plan: PrecisionPlan | None = None
 
     def apply(self, layer: str, what: str, *, weight: str | None = None) -> None:
         """Record that `what` was done to `layer`; `weight` is the low-bit initializer it now reads."""

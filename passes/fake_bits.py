@@ -133,15 +133,20 @@ class SeenGrids:
         stats: by value name, with histograms where the calibrator needs them.
         calibrator: which part of the seen range a grid covers.
         percentile: of that calibrator.
+        folded: ends by value name of those that were folded for a grid, which is then theirs.
     """
 
     stats: Mapping[str, ActivationStats]
     calibrator: Calibrator = Calibrator.MINMAX
     percentile: float = 99.999
+    folded: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, value: ir.Value, bits: int) -> BitGrid:
         """Return the grid of `value` for codes of `bits` bits."""
-        seen = self.stats[value.name or ""]
+        name = value.name or ""
+        if name in self.folded:
+            return bit_grid(*self.folded[name], bits)
+        seen = self.stats[name]
         ends = activation_range(seen, self.calibrator, percentile=self.percentile, bits=bits)
         return bit_grid(*ends, bits)
 

@@ -13,14 +13,15 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from splitfold.passes.activations import channel_extremes, required_calibration
+from splitfold.passes.activations import channel_extremes, channel_rows, required_calibration
 from splitfold.passes.awq import BlockFormat, search_awq
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
+from splitfold.passes.channel_clip import ChannelClip, clipped_ends
 from splitfold.passes.fold import fold_group
 from splitfold.passes.foldable import ScaleGroup, scale_groups
 from splitfold.passes.identity import inherit_missing
 from splitfold.passes.layers import Layer
-from splitfold.passes.repq import apply_repq, reparameterise, repq_obstacle
+from splitfold.passes.repq import apply_repq, forget_range, reparameterise, repq_obstacle
 from splitfold.passes.scale_trial import try_scales
 from splitfold.passes.smoothquant import clipping_scales, smoothing_scales
 from splitfold.runtime.feeds import Array
@@ -54,7 +55,7 @@ _OPTIONS = {
     ScaleMethod.SMOOTHQUANT: ("alpha", "min_gain", "data_free"),
     ScaleMethod.AWQ: ("mul_gain", "bits", "block", "symmetric"),
     ScaleMethod.DGQ: ("share",),
-    ScaleMethod.REPQ: ("bits",),
+    ScaleMethod.REPQ: ("bits", "clip"),
 }
 
 
@@ -80,6 +81,7 @@ class FoldScalesPass(LayerPass):
         block: of awq: rows of a column that share a scale.
         symmetric: of awq: whether the weights' zero point is fixed.
         share: of dgq: share of the channels that are brought down.
+        clip: of repq: which part of a channel's range its grid covers; the rest will be clipped.
 
     Before::
 
@@ -103,6 +105,7 @@ class FoldScalesPass(LayerPass):
     block: int = 32
     symmetric: bool = False
     share: float = 0.005
+    clip: ChannelClip = ChannelClip.NONE
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -244,11 +247,19 @@ class FoldScalesPass(LayerPass):
         calibration = required_calibration(context.calibration, f"{self.name}{{method=repq}}", model)
         seen = channel_extremes(model, _inputs(groups), calibration, context.target)
         usable, bits = [group for group in groups if _usable(group, seen, findings)], self.bits or 8
+        rows: Mapping[str, Array] = {}
+        if usable and self.clip is not ChannelClip.NONE:
+            rows = channel_rows(model, _inputs(usable), calibration, context.target)
         for group in usable:
-            low, high = seen[group.layers[0].input.name or ""]
-            apply_repq(model, group, reparameterise(low, high, bits))
+            name = group.layers[0].input.name or ""
+            ends = seen[name]
+            if name in rows:
+                weights = [layer.weight_array() for layer in group.readers]
+                ends = clipped_ends(rows[name], ends, weights, bits, self.clip)
+            what = "channel grids" if name not in rows else f"channel grids ({_clipped(ends, seen[name])})"
+            apply_repq(model, group, reparameterise(*ends, bits))
             _mark(group, self.method)
-            findings.apply(group.name, f"channel grids of {bits} bits folded into the norm")
+            findings.apply(group.name, f"{what} of {bits} bits folded into the norm")
         return bool(usable)
 
 
@@ -264,8 +275,18 @@ def _methods(node: ir.Node) -> list[str]:
     return (node.metadata_props.get(_FOLDED) or "").split(",")
 
 
+def _clipped(ends: tuple[Array, Array], seen: tuple[Array, Array]) -> str:
+    whole = np.maximum(seen[1], 0) - np.minimum(seen[0], 0)
+    kept = (ends[1] - ends[0])[whole > 0] / whole[whole > 0]
+    if not (kept < 1).any():
+        return "clipping none is best"
+    return f"clipped to {kept.mean():.1%} of their ranges in the mean"
+
+
 def _mark(group: ScaleGroup, method: ScaleMethod) -> None:
     for layer in group.layers:
+        if method is not ScaleMethod.REPQ:
+            forget_range(layer.node)
         earlier = [name for name in _methods(layer.node) if name]
         layer.node.metadata_props[_FOLDED] = ",".join([*earlier, method.value])
 

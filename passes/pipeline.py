@@ -15,6 +15,7 @@ import onnx_ir as ir
 from splitfold.passes.base import Context, Pass
 from splitfold.passes.errors import PassFailedError
 from splitfold.passes.identity import inherit_missing
+from splitfold.passes.plan import PrecisionPlan
 from splitfold.passes.spec import parse_pass, split_top_level
 from splitfold.passes.table import PASSES
 from splitfold.runtime.compare import Deviation
@@ -42,6 +43,7 @@ class PassRecord:
         carried: low-bit weight names by layer.
         missed: (layer, pattern, reason) of each near miss.
         measured: local SQNR in dB by layer, where the pass measured it.
+        plan: the plan of precisions that was carried out, where the pass makes or reads one.
         seconds: wall time; not part of the manifest, which must be the same for the same input.
         deviation: outputs after the pass against those before it, the worst output; None where it was not
             measured.
@@ -60,6 +62,7 @@ class PassRecord:
     carried: dict[str, list[str]] = field(default_factory=dict)
     missed: tuple[tuple[str, str, str], ...] = ()
     measured: dict[str, float] = field(default_factory=dict)
+    plan: PrecisionPlan | None = None
     seconds: float = 0.0
     deviation: Deviation | None = None
 
@@ -169,6 +172,7 @@ def _run_one(step: Pass, model: ir.Model, context: Context, before: tuple[str, .
         carried=dict(findings.carried),
         missed=tuple(findings.missed),
         measured=dict(findings.measured),
+        plan=findings.plan,
         seconds=time.perf_counter() - start,
     )
 

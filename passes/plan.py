@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import tomllib
@@ -15,13 +17,16 @@ from splitfold.passes.errors import SpecError
 from splitfold.passes.precision import Precision
 from splitfold.runtime.errors import did_you_mean
 
-__all__ = ["PlannedLayer", "PrecisionPlan", "plan_text", "read_plan"]
+__all__ = ["EDITED", "PlannedLayer", "PrecisionPlan", "plan_text", "read_plan"]
 
 _HEADER = (
     "# A plan of precisions. Change a precision and give the file back: assign-precision{plan=FILE}.\n"
-    "# Only name and precision of a layer are read; layers that are left out stay as they are.\n"
+    "# Only name and precision of a layer decide, and make the digest; layers that are left out stay as they "
+    "are.\n"
 )
-_PLAN_KEYS = ("signal", "budget", "bytes", "weight-bits", "loss", "layers")
+EDITED = "edited"
+"""In the place of the digest of a plan whose precisions were changed after it was made."""
+_PLAN_KEYS = ("signal", "budget", "bytes", "weight-bits", "loss", "digest", "layers")
 _LAYER_KEYS = ("name", "precision", "weights", "bytes", "score", "loss", "why")
 
 
@@ -57,12 +62,20 @@ class PrecisionPlan:
         signal: what told the layers apart; empty where a person did.
         budget: text forms of the limits that it keeps.
         weight_bits: bits a weight as stored, scales, zero points and padding included; NaN where not known.
+        edited: whether precisions were changed after the plan was made: its numbers are those of another one.
     """
 
     layers: tuple[PlannedLayer, ...]
     signal: str = ""
     budget: tuple[str, ...] = ()
     weight_bits: float = math.nan
+    edited: bool = False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over name and precision of each layer: what the plan does, whatever made it."""
+        rows = sorted((layer.name, str(layer.precision)) for layer in self.layers)
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
     @property
     def bytes(self) -> int:
@@ -105,6 +118,7 @@ def plan_text(plan: PrecisionPlan) -> str:
         f"bytes = {plan.bytes}",
         f"weight-bits = {_toml(plan.weight_bits)}",
         f"loss = {_toml(plan.loss)}",
+        f"digest = {_toml(EDITED if plan.edited else plan.digest)}",
         "layers = [",
         *(f"  {{ {_row(layer)} }}," for layer in plan.layers),
         "]",
@@ -148,12 +162,13 @@ def read_plan(path: str | Path) -> PrecisionPlan:
     if twice := [name for position, name in enumerate(names) if name in names[:position]]:
         raise SpecError(f"{file}: layer '{twice[0]}' stands there twice.")
     budget = table.get("budget", [])
-    return PrecisionPlan(
+    plan = PrecisionPlan(
         layers,
         str(table.get("signal", "")),
         tuple(map(str, budget)) if isinstance(budget, list) else (str(budget),),
         _number(table.get("weight-bits", math.nan), f"{file}: weight-bits"),
     )
+    return dataclasses.replace(plan, edited=table.get("digest", plan.digest) != plan.digest)
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -22,9 +22,18 @@ from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.values import add_initializer, constant, drop_initializer, emit, rename, take_place
 from splitfold.runtime.feeds import Array
 
-__all__ = ["Reparameterisation", "apply_repq", "reparameterise", "repq_obstacle"]
+__all__ = [
+    "Reparameterisation",
+    "apply_repq",
+    "folded_range",
+    "forget_range",
+    "reparameterise",
+    "repq_obstacle",
+]
 
 _LEAST = 1e-8
+_RANGE = "splitfold.input-range"
+"""Metadata key of a layer's node: the ends of the tensor's grid that the channels' grids became."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +45,19 @@ class Reparameterisation:
         shift: b = s~ (z~ - z), float32 [channels].
         scale: s~.
         zero_point: z~, an integer.
+        bits: width of a code.
     """
 
     ratio: Array
     shift: Array
     scale: float
     zero_point: int
+    bits: int
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The values of the lowest and of the highest code of the tensor's grid."""
+        return -self.scale * self.zero_point, self.scale * (2**self.bits - 1 - self.zero_point)
 
 
 def reparameterise(low: Array, high: Array, bits: int) -> Reparameterisation:
@@ -58,7 +74,7 @@ def reparameterise(low: Array, high: Array, bits: int) -> Reparameterisation:
     zeros = -low / scales
     scale, zero = float(scales.mean()), int(np.rint(zeros.mean()))
     ratio = (scales / scale).astype(np.float32)
-    return Reparameterisation(ratio, (scale * (zero - zeros)).astype(np.float32), scale, zero)
+    return Reparameterisation(ratio, (scale * (zero - zeros)).astype(np.float32), scale, zero, bits)
 
 
 def repq_obstacle(group: ScaleGroup) -> str | None:
@@ -79,7 +95,11 @@ def repq_obstacle(group: ScaleGroup) -> str | None:
 
 
 def apply_repq(model: ir.Model, group: ScaleGroup, found: Reparameterisation) -> None:
-    """Fold ratio and shift into the norm and the layers, in place. Exact up to rounding."""
+    """Fold ratio and shift into the norm and the layers, in place. Exact up to rounding.
+
+    The ends of the tensor's grid are kept with the layers: where channels were clipped, calibration
+    afterwards would find wider ones.
+    """
     if group.region is None:
         raise ValueError(f"{group.name}: nothing absorbs the scale")
     norm = next(item.node for item in group.region.parameters if item.divides)
@@ -88,6 +108,21 @@ def apply_repq(model: ir.Model, group: ScaleGroup, found: Reparameterisation) ->
     for layer in group.readers:
         now = layer.current()
         _shift_bias(now, found.shift @ now.weight_array())
+        layer.node.metadata_props[_RANGE] = ",".join(map(repr, found.ends))
+
+
+def folded_range(node: ir.Node) -> tuple[float, float] | None:
+    """Return the ends of the grid that the first input of a layer was folded for, or None."""
+    text = node.metadata_props.get(_RANGE)
+    if not text:
+        return None
+    low, _, high = text.partition(",")
+    return float(low), float(high)
+
+
+def forget_range(node: ir.Node) -> None:
+    """Drop the ends of that grid: the input was scaled once more."""
+    node.metadata_props.pop(_RANGE, None)
 
 
 def _shift_beta(norm: ir.Node, shift: Array) -> None:

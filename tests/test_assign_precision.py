@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from encoder import encoder, token_batches
 from small import mlp
 
 from splitfold.compiler import compile
-from splitfold.compiler.errors import BudgetError, VerificationError
-from splitfold.compiler.planning import Planning, plan_precisions, search_plan
+from splitfold.compiler.errors import BudgetError
+from splitfold.compiler.planning import Planning, plan_precisions
 from splitfold.compiler.realisation import Unrealised
 from splitfold.passes.allocation import Allocation
 from splitfold.passes.assign_precision import AssignPrecisionPass
@@ -32,7 +31,6 @@ from splitfold.passes.spec import parse_pass
 from splitfold.passes.table import PASSES
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.model_file import weight_bytes
-from splitfold.runtime.session import Session
 
 UP, DOWN = "encoder.up", "encoder.down"
 
@@ -290,52 +288,3 @@ def test_record_says_what_other_choices_would_have_changed() -> None:
     reasons = [reason for _, pattern, reason in findings.missed if pattern == "another precision"]
     assert len(reasons) == 6
     assert all(reason.startswith("w2-b16: -") for reason in reasons)
-
-
-# The search
-
-
-def agreement(planned: Planning) -> Callable[[Session], float]:
-    feeds = token_batches(1, seed=5)[0]
-    reference = Session(planned.model).run(feeds)["y"]
-
-    def evaluate(session: Session) -> float:
-        return -float(np.square(session.run(feeds)["y"] - reference).mean())
-
-    return evaluate
-
-
-def test_search_finds_the_smallest_plan_that_keeps_the_metric() -> None:
-    found = planning()
-    evaluate = agreement(found)
-    drop = 0.02
-    searched = search_plan(found, evaluate, drop)
-    assert searched.original == pytest.approx(0, abs=1e-9)
-    assert searched.metric >= -drop
-    assert evaluate(Session(found.carried_out(searched.plan))) == searched.metric
-    front = found.allocation.front
-    assert len(searched.tried) <= math.ceil(math.log2(len(front))) + 2
-    kept = [size for size, metric in searched.tried if metric >= -drop]
-    assert searched.plan.bytes == min(kept)
-    missed = [size for size, metric in searched.tried if metric < -drop]
-    assert missed
-    assert max(missed) < searched.plan.bytes
-
-
-def test_search_with_few_evaluations_returns_the_best_so_far() -> None:
-    searched = search_plan(planning(), agreement(planning()), 0.02, limit=3)
-    assert len(searched.tried) == 2
-    assert searched.metric >= -0.02
-
-
-def test_search_that_nothing_meets_says_what_was_reached() -> None:
-    coarse = planning("choices=[w2-b16,w4-b16],signal=uniform,error=bits")
-    with pytest.raises(BudgetError, match="no plan keeps the metric") as raised:
-        search_plan(coarse, agreement(coarse), 1e-9)
-    assert raised.value.binds == "max_drop=1e-09"
-    assert float(raised.value.reached) < 0
-
-
-def test_a_metric_of_nan_is_refused() -> None:
-    with pytest.raises(VerificationError, match="NaN"):
-        search_plan(planning(), lambda session: math.nan, 0.1)

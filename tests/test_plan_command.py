@@ -68,7 +68,7 @@ def test_command_searches_for_a_metric(run: Run) -> None:
     )
     options = ["plan", "model.onnx", "--options", "signal=uniform,error=bits", "--evaluate", "metrics:size"]
     said = run(*options, "--max-drop", "0.1").output
-    assert "evaluation 1" in said
+    assert "evaluation  2 of at most 20: 3,216 bytes of weights: metric 0, drop 0: kept" in said
     assert "2 w2" in said  # any plan keeps it: the smallest
 
 

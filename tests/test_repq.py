@@ -10,8 +10,10 @@ from seeded import parse_graph
 
 from splitfold.passes.base import Context, Findings
 from splitfold.passes.canonicalize import name_all
+from splitfold.passes.channel_clip import ChannelClip, clipped_ends
+from splitfold.passes.errors import SpecError
 from splitfold.passes.pipeline import Pipeline
-from splitfold.passes.repq import reparameterise
+from splitfold.passes.repq import folded_range, reparameterise
 from splitfold.passes.shapes import infer_shapes
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.session import Optimization, Session
@@ -149,3 +151,117 @@ def test_what_cannot_hold_a_shift_is_skipped_with_the_reason(tail: str, beta: st
     )[0]
     assert not record.modified
     assert any(reason in text for _, text in record.skipped)
+
+
+# Clipped channels
+
+
+def outlying(count: int = 2000) -> dict[str, np.ndarray]:
+    """Inputs whose norm has rare outliers in every channel."""
+    x = RNG.standard_normal((count, 16)).astype(np.float32)
+    x[::40, RNG.integers(0, 16, -(-count // 40))] *= 8
+    return {"x": x}
+
+
+def test_percentiles_by_hand() -> None:
+    rows = np.stack([np.arange(2001) - 500.0, np.linspace(1, 2, 2001)], axis=1).astype(np.float32)
+    low, high = clipped_ends(rows, (rows.min(0), rows.max(0)), [], 4, ChannelClip.PERCENTILE)
+    np.testing.assert_allclose(low, [-499.0, 0.0])  # of 2001 elements the 2nd lowest; zero is held
+    np.testing.assert_allclose(high, [1499.0, 1.9995], rtol=1e-6)
+
+
+def test_search_takes_the_ends_of_least_output_error() -> None:
+    rows = outlying()["x"]
+    weights = [
+        RNG.standard_normal((16, 6)).astype(np.float32),
+        RNG.standard_normal((16, 3)).astype(np.float32),
+    ]
+    ends = rows.min(0), rows.max(0)
+    found = clipped_ends(rows, ends, weights, 4, ChannelClip.SEARCH)
+
+    def error(low: np.ndarray, high: np.ndarray) -> float:
+        scale = (high - low) / 15
+        held = np.clip(np.rint((rows - low) / scale), 0, 15) * scale + low
+        return sum(float(np.square((held - rows) @ weight).sum()) for weight in weights)
+
+    mean, deviation = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
+    tried = [
+        error(np.maximum(mean - k * deviation, ends[0]), np.minimum(mean + k * deviation, ends[1]))
+        for k in (2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, 5, 6)
+    ]
+    assert error(*found) == pytest.approx(min([*tried, error(*ends)]), rel=1e-6)
+    assert error(*found) < 0.8 * error(*ends)
+
+
+def test_search_does_not_clip_where_it_would_cost() -> None:
+    rows = RNG.choice([-1.0, 1.0], (500, 8)).astype(np.float32)
+    rows[::100] *= 3.45  # of 1.05 deviations: between 3 and 3.5 of them
+    wide = rows.min(0), rows.max(0)
+    found = clipped_ends(rows, wide, [1e3 * np.eye(8, dtype=np.float32)], 8, ChannelClip.SEARCH)
+    np.testing.assert_array_equal(found, np.array(wide, np.float64))
+
+
+@pytest.mark.parametrize("clip", ["percentile", "search"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_folding_clipped_channels_is_exact(tail: str, clip: str) -> None:
+    model, feeds = model_of(TAILS[tail]), outlying()
+    before = Session(model, optimization=Optimization.OFF).run(feeds)
+    record = Pipeline.parse(f"fold-scales{{method=repq,bits=4,clip={clip}}}").run(
+        model, Context(calibration=Calibration.of([feeds]))
+    )[0]
+    assert "clipped to" in record.applied[0][1]
+    after = Session(model, optimization=Optimization.OFF).run(feeds)
+    np.testing.assert_allclose(after["y"], before["y"], rtol=1e-4, atol=4e-4)
+
+
+@pytest.mark.parametrize("clip", [ChannelClip.PERCENTILE, ChannelClip.SEARCH])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_afterwards_are_those_of_the_clipped_channels(bits: int, clip: ChannelClip) -> None:
+    model, feeds = model_of(TAILS["gemm"]), outlying()
+    n = Session(model, optimization=Optimization.OFF).run(feeds, ["n"])["n"]
+    weight = model.graph.initializers["W"].const_value
+    assert weight is not None
+    low, high = clipped_ends(n[::4], (n.min(0), n.max(0)), [weight.numpy()], bits, clip)
+    assert (high < n.max(0)).any() or bits == 8
+    top = 2**bits - 1
+    own = np.clip(np.rint((n.astype(np.float64) - low) / ((high - low) / top)), 0, top)
+    Pipeline.parse(
+        f"fold-scales{{method=repq,bits={bits},clip={clip.value}}},"
+        f"simulate-quantization{{weights=none,activations={bits},calibrator=mse}}"
+    ).run(model, Context(calibration=Calibration.of([feeds])))
+    node = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    found = reparameterise(low, high, bits)
+    scale, zero = (value.const_value.numpy() for value in node.inputs[1:] if value and value.const_value)
+    assert float(scale) == pytest.approx(found.scale, rel=1e-6)
+    assert int(zero) == found.zero_point
+    name = node.outputs[0].name or ""
+    seen = Session(model, optimization=Optimization.OFF).run(feeds, [name])[name]
+    assert (own == np.clip(seen, 0, top)).mean() > 0.999  # float32 moves a few ties
+
+
+def test_static_int8_takes_the_clipped_grid() -> None:
+    model, feeds = model_of(TAILS["gemm"]), outlying()
+    n = Session(model, optimization=Optimization.OFF).run(feeds, ["n"])["n"]
+    found = reparameterise(*clipped_ends(n[::4], (n.min(0), n.max(0)), [], 8, ChannelClip.PERCENTILE), 8)
+    Pipeline.parse("fold-scales{method=repq,clip=percentile},quantize-activations").run(
+        model, Context(calibration=Calibration.of([feeds]))
+    )
+    node = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    scale, zero = (value.const_value.numpy() for value in node.inputs[1:] if value and value.const_value)
+    assert float(scale) == pytest.approx(found.scale, rel=1e-6)
+    assert int(zero) == found.zero_point
+
+
+def test_scaling_once_more_forgets_the_grid() -> None:
+    model, feeds = model_of(TAILS["gemm"]), outlying()
+    context = Context(calibration=Calibration.of([feeds]))
+    Pipeline.parse("fold-scales{method=repq,bits=4,clip=percentile}").run(model, context)
+    layer = next(node for node in model.graph if node.op_type == "Gemm")
+    assert folded_range(layer) is not None
+    Pipeline.parse("fold-scales{min-gain=-100}").run(model, context)
+    assert folded_range(layer) is None
+
+
+def test_clip_is_an_option_of_repq_alone() -> None:
+    with pytest.raises(SpecError, match="clip is no option of method=dgq"):
+        Pipeline.parse("fold-scales{method=dgq,clip=search}")

@@ -21,6 +21,7 @@ from splitfold.compiler.cli.options import (
     UnrealisedOption,
     VerboseOption,
     choose_pipeline,
+    parse_metric,
     parse_target,
     parse_tolerance,
     parse_unrealised,
@@ -35,10 +36,30 @@ from splitfold.compiler.cli.reproducer_options import (
     reproducers_in,
 )
 from splitfold.compiler.cli.run_options import ModelArgument
+from splitfold.compiler.cli.search_options import (
+    CONFIDENCE,
+    GOAL,
+    LIMIT,
+    CacheOption,
+    ConfidenceOption,
+    EvaluateOption,
+    GoalOption,
+    JobsOption,
+    LimitOption,
+    MaxDropOption,
+    SecondsOption,
+    StrictOption,
+    TellTrials,
+    check_search,
+    parse_search,
+    say_search,
+)
 from splitfold.compiler.debug.report import REPORT_FILE, check_report
 from splitfold.compiler.driver import compile
 from splitfold.compiler.locate import Located, locate_data, locate_model
+from splitfold.compiler.presets import mixed
 from splitfold.compiler.progress import Progress
+from splitfold.compiler.tolerance import Budget
 from splitfold.runtime.artifact import Artifact
 from splitfold.runtime.model_file import MODEL_FILE, check_folder, model_path
 
@@ -64,6 +85,15 @@ def compile_command(
     target: TargetOption = "cpu",
     tolerance: ToleranceOption = None,
     unrealised: UnrealisedOption = "float",
+    evaluate: EvaluateOption = None,
+    max_drop: MaxDropOption = None,
+    goal: GoalOption = GOAL,
+    limit: LimitOption = LIMIT,
+    seconds: SecondsOption = None,
+    confidence: ConfidenceOption = CONFIDENCE,
+    cache: CacheOption = None,
+    jobs: JobsOption = None,
+    strict: StrictOption = False,
     snapshots: SnapshotsOption = None,
     overwrite: OverwriteOption = False,
     report: ReportOption = False,
@@ -80,12 +110,19 @@ def compile_command(
     Every pass says what it applied and why it skipped the rest. The outputs of the result are compared with
     the model's own, and a result beyond the tolerance is not written.
 
+    With --evaluate and --max-drop the plans of the pipeline's assign-precision are searched for the smallest
+    model that keeps the metric.
+
     \b
     Example:
       splitfold compile resnet.onnx -o out --preset int8 --calibration images.npz --tolerance cosine=0.99
       splitfold compile mypackage.models:small_bert -o out --preset int4
+      splitfold compile resnet.onnx -o out --calibration cal.npz --evaluate metrics:correct --max-drop 0.005
     """
-    steps = choose_pipeline(preset, pipeline, recipe)
+    check_search(evaluate, max_drop, both=False)
+    search = parse_search(goal, limit, seconds, confidence, cache, jobs, strict)
+    chosen = (preset, pipeline, recipe)
+    steps = mixed() if max_drop is not None and not any(chosen) else choose_pipeline(*chosen)
     place, limits, choice = parse_target(target), parse_tolerance(tolerance), parse_unrealised(unrealised)
     failures = reproducers_in(reproducers, no_reproducer)
     check_folder(output, overwrite=overwrite)
@@ -103,16 +140,27 @@ def compile_command(
             calibration=None if calibration is None else progress.watch(locate_data(calibration)),
             tolerance=limits,
             dynamic_shapes=source.dynamic_shapes,
-            observers=[progress, *taken],
+            observers=[progress, TellTrials(), *taken],
             unrealised=choice,
+            evaluate=None if evaluate is None else parse_metric(evaluate),
+            budget=Budget(max_drop=max_drop),
+            search=search,
             reproducers=failures,
         )
+    if artifact.search is not None:
+        say_search(artifact.search)
     print_report(artifact, verbose=verbose)
+    _print_metric(artifact)
     artifact.save(output, overwrite=overwrite)
     _print_sizes(artifact, source, output)
     if report:
         say("report", artifact.write_report(output / REPORT_FILE))
     say_snapshots(taken)
+
+
+def _print_metric(artifact: Artifact) -> None:
+    if (metric := artifact.manifest["metric"]) is not None:
+        say("metric", f"{metric['before']:.6g} > {metric['after']:.6g}")
 
 
 def _print_sizes(artifact: Artifact, source: Located, output: Path) -> None:

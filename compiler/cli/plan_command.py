@@ -22,9 +22,29 @@ from splitfold.compiler.cli.options import (
 )
 from splitfold.compiler.cli.output import errors, megabytes, out, say, table
 from splitfold.compiler.cli.run_options import ModelArgument
+from splitfold.compiler.cli.search_options import (
+    CONFIDENCE,
+    GOAL,
+    LIMIT,
+    CacheOption,
+    ConfidenceOption,
+    EvaluateOption,
+    GoalOption,
+    JobsOption,
+    LimitOption,
+    MaxDropOption,
+    SecondsOption,
+    StrictOption,
+    TellTrials,
+    check_search,
+    parse_search,
+    say_search,
+)
 from splitfold.compiler.locate import locate_data, locate_model
 from splitfold.compiler.plan_picture import front_picture
-from splitfold.compiler.planning import LIMIT, Planning, plan_precisions, search_plan
+from splitfold.compiler.planning import Planning, plan_precisions
+from splitfold.compiler.search.options import Goal, Search
+from splitfold.compiler.search.search import search_plan
 from splitfold.passes.assign_precision import AssignPrecisionPass
 from splitfold.passes.pipeline import Pipeline
 from splitfold.passes.plan import PrecisionPlan, plan_text
@@ -51,19 +71,6 @@ BeforeOption = Annotated[
         "--before", metavar="TEXT", help="Passes that run first: 'fold-scales,quantize-embeddings'."
     ),
 ]
-EvaluateOption = Annotated[
-    str | None,
-    typer.Option(
-        "--evaluate",
-        metavar="package.module:function",
-        help="A metric of an opened session, more is better: with --max-drop the budget is the smallest "
-        "plan that keeps it.",
-    ),
-]
-DropOption = Annotated[
-    float | None, typer.Option("--max-drop", metavar="NUMBER", min=0, help="What the metric may lose.")
-]
-LimitOption = Annotated[int, typer.Option("--limit", metavar="N", min=2, help="Evaluations at most.")]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE.toml", help="Write the plan to a file.")
 ]
@@ -79,8 +86,14 @@ def plan_command(
     calibration: CalibrationOption = None,
     inputs: InputsOption = None,
     evaluate: EvaluateOption = None,
-    max_drop: DropOption = None,
+    max_drop: MaxDropOption = None,
+    goal: GoalOption = GOAL,
     limit: LimitOption = LIMIT,
+    seconds: SecondsOption = None,
+    confidence: ConfidenceOption = CONFIDENCE,
+    cache: CacheOption = None,
+    jobs: JobsOption = None,
+    strict: StrictOption = False,
     target: TargetOption = "cpu",
     output: OutputOption = None,
     picture: PictureOption = None,
@@ -89,15 +102,16 @@ def plan_command(
 ) -> None:
     """Plan which layer gets which precision, and print it with its reasons; nothing is compiled.
 
-    Shown beside it: the Pareto front, the best plans for other sizes.
+    Shown beside it: the Pareto front, the best plans for other sizes. With --evaluate and --max-drop the
+    budget is the metric: plans of the front are carried out and measured.
 
     \b
     Example:
       splitfold plan model.onnx --calibration cal.npz --options 'budget=[4.5bits]' -o plan.toml
       splitfold compile model.onnx -o out --pipeline 'assign-precision{plan=plan.toml}' --calibration cal.npz
     """
-    if (evaluate is None) != (max_drop is None):
-        raise typer.BadParameter("give both of them.", param_hint="--evaluate / --max-drop")
+    check_search(evaluate, max_drop, both=True)
+    search = parse_search(goal, limit, seconds, confidence, cache, jobs, strict)
     with usage("--options"):
         step = parse_pass(f"{AssignPrecisionPass.name}{{{options}}}", (AssignPrecisionPass,))
     with usage("--before"):
@@ -114,9 +128,10 @@ def plan_command(
             dynamic_shapes=source.dynamic_shapes,
             calibration=None if calibration is None else locate_data(calibration),
             target=place,
+            timed=max_drop is not None and search.goal is Goal.FASTEST,
         )
     plan = (
-        _searched(planning, evaluate, max_drop, limit)
+        _searched(planning, evaluate, max_drop, search)
         if evaluate and max_drop is not None
         else planning.plan()
     )
@@ -130,15 +145,10 @@ def plan_command(
             _write(file, text)
 
 
-def _searched(planning: Planning, evaluate: str, max_drop: float, limit: int) -> PrecisionPlan:
-    def tell(number: int, plan: PrecisionPlan, metric: float) -> None:
-        say(f"evaluation {number}", f" {megabytes(plan.bytes)} of layers: metric {metric:.6g}")
-
-    found = search_plan(planning, parse_metric(evaluate), max_drop, limit=limit, tell=tell)
-    say(
-        "metric",
-        f"{found.original:.6g} in float, {found.metric:.6g} with the plan (at most {max_drop:g} less)",
-    )
+def _searched(planning: Planning, evaluate: str, max_drop: float, search: Search) -> PrecisionPlan:
+    metric = parse_metric(evaluate)
+    found = search_plan(planning, metric, max_drop, search=search, observers=[TellTrials()])
+    say_search(found)
     return found.plan
 
 

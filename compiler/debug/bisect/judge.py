@@ -12,8 +12,8 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from splitfold.compiler.driver import Evaluate
-from splitfold.compiler.errors import BisectionError, VerificationError
+from splitfold.compiler.errors import BisectionError, EvaluationError, VerificationError
+from splitfold.compiler.search.scores import Evaluate, read_scores
 from splitfold.compiler.tolerance import Tolerance
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import Deviation, worst
@@ -138,11 +138,9 @@ class UserMetric:
         except Exception as error:
             raise BisectionError(f"evaluate raised {type(error).__name__} for {what}: {error}") from error
         try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise BisectionError(
-                f"evaluate returned a {type(value).__name__} for {what}: it must return one number."
-            ) from error
+            return read_scores(value, what).metric
+        except EvaluationError as error:
+            raise BisectionError(str(error)) from error
 
     def _verdict(self, value: float) -> Verdict:
         return Verdict(value, self._reference - value <= self._drop, f"{value:.6g}", f"{value:.6g}")
