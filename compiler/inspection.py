@@ -9,10 +9,22 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from splitfold.passes.attention import find_attention
+from splitfold.passes.attention_block import AttentionReport
+from splitfold.passes.base import Findings
+from splitfold.passes.canonicalize import name_all
 from splitfold.passes.identity import display_layer, name_layers
+from splitfold.passes.shapes import infer_shapes
 from splitfold.passes.values import int_attribute
 
-__all__ = ["LayerFacts", "constant_bytes", "inspect_layers", "operator_counts", "weighted_nodes"]
+__all__ = [
+    "LayerFacts",
+    "attention_report",
+    "constant_bytes",
+    "inspect_layers",
+    "operator_counts",
+    "weighted_nodes",
+]
 
 _CARRIES_ON = {
     "Cast",
@@ -64,6 +76,15 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
         for node in graph
     )
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def attention_report(model: ir.Model) -> AttentionReport:
+    """Return the attention blocks of a model that may come straight from an exporter, with the nodes of a
+    copy of it."""
+    copy = model.clone()
+    name_all(copy, Findings())
+    infer_shapes(copy)
+    return find_attention(copy)
 
 
 def constant_bytes(model: ir.Model) -> int:

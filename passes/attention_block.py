@@ -225,7 +225,7 @@ class Attention:
 
 def _facts(block: Attention) -> list[str]:
     layout = block.layout
-    heads = f"{layout.count or '?'} heads"
+    heads = f"{layout.count or '?'} head{'' if layout.count == 1 else 's'}"
     if block.is_grouped:
         heads += f" ({layout.kv_count or '?'} of keys and values)"
     size = f" of {layout.value_size}" if layout.value_size else ""

@@ -15,10 +15,12 @@ from splitfold.passes.activations import activation_stats, required_calibration
 from splitfold.passes.affine import ActivationGrid, activation_grid
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.candidates import accurate_layers, candidate_layers
+from splitfold.passes.known_ranges import known_ranges
 from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.opset import default_opset
 from splitfold.passes.ranges import ActivationStats, Calibrator, activation_range
 from splitfold.passes.regions import moved_into_subgraph, output_point, region_values
+from splitfold.passes.repq import folded_range
 from splitfold.passes.static_int8 import StaticForm, quantize_statically, trial_carrier
 from splitfold.passes.trial import local_sqnr
 from splitfold.passes.values import constant
@@ -38,7 +40,9 @@ class QuantizeActivationsPass(LayerPass):
     float value. Around a Conv whole
     regions are quantized: its output (after Relu or Clip), residual Add, pooling, Concat and moving
         operators up to the next integer layer.
-    Values that no 8-bit grid can hold are recognised from what calibration saw, and kept out.
+    Values that no 8-bit grid can hold are recognised from what calibration saw, and kept out. An input that
+    ``fold-scales{method=repq}`` folded for a grid gets that grid, whatever the calibrator, and a clipped
+    softmax the range [0, 1].
 
     Args:
         calibrator: how ranges are chosen.
@@ -92,6 +96,16 @@ class QuantizeActivationsPass(LayerPass):
         )
         layers = [layer for layer in layers if self._holds(layer, stats, findings)]
         grids = {name: self._grid(item) for name, item in stats.items() if item.unholdable() is None}
+        grids |= {
+            layer.input.name or "": activation_grid(*ends, symmetric=self.symmetric)
+            for layer in layers
+            if (ends := folded_range(layer.node)) is not None
+        }
+        grids |= {
+            name: activation_grid(*ends, symmetric=self.symmetric)
+            for name, ends in known_ranges(model).items()
+            if name in grids
+        }
         levels = min(context.target.weight_levels, 127 if self.weight_bits == 8 else 63)
         if self.min_sqnr > 0:
             measured = local_sqnr(model, trial_carrier(layers, grids, levels), calibration, context.target)

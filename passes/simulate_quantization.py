@@ -23,9 +23,11 @@ from splitfold.passes.fake_bits import (
 )
 from splitfold.passes.gptq import Ranges
 from splitfold.passes.identity import display_layer
+from splitfold.passes.known_ranges import known_ranges
 from splitfold.passes.layers import Layer, LayerKind, find_layers
 from splitfold.passes.opset import default_opset
 from splitfold.passes.ranges import ActivationStats, Calibrator
+from splitfold.passes.repq import folded_range
 from splitfold.passes.values import constant
 
 __all__ = ["SimulateQuantizationPass"]
@@ -42,6 +44,9 @@ class SimulateQuantizationPass(LayerPass):
     after the round trip through an asymmetric grid for each output channel. The layer's input passes one
     asymmetric grid for the whole tensor, on the edge into the layer, so that a residual keeps the float
     value.
+
+    An input that ``fold-scales{method=repq}`` folded for a grid gets that grid, whatever the calibrator, and
+    a clipped softmax the range [0, 1].
 
     Args:
         weights: bits of the weights, 2 to 8; none leaves them in float.
@@ -100,7 +105,13 @@ class SimulateQuantizationPass(LayerPass):
             return False
         stats = self._stats(model, sites, context)
         sites = [site for site in sites if _holds(site, stats, findings)]
-        self._replace(model, sites, SeenGrids(stats, self.calibrator, self.percentile), findings)
+        folded = {
+            site.operands[0].name or "": ends
+            for site in sites
+            if site.layer is not None and (ends := folded_range(site.node)) is not None
+        }
+        folded |= known_ranges(model)
+        self._replace(model, sites, SeenGrids(stats, self.calibrator, self.percentile, folded), findings)
         return bool(sites)
 
     def _reason_against(self, layer: Layer, model: ir.Model) -> str | None:

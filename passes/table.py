@@ -6,13 +6,20 @@ from __future__ import annotations
 from splitfold.passes.assign_precision import AssignPrecisionPass
 from splitfold.passes.base import Pass
 from splitfold.passes.canonicalize import CanonicalizePass
+from splitfold.passes.clip_softmax import ClipSoftmaxPass
+from splitfold.passes.drop_nan_guards import DropNanGuardsPass
+from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass
+from splitfold.passes.gate_attention import GateAttentionPass
 from splitfold.passes.legalize import LegalizePass
+from splitfold.passes.merge_transposes import MergeTransposesPass
 from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
 from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
 from splitfold.passes.quantize_parts import QuantizePartsPass
 from splitfold.passes.quantize_weights import QuantizeWeightsPass
+from splitfold.passes.replace_softmax import ReplaceSoftmaxPass
+from splitfold.passes.simplify_reshapes import SimplifyReshapesPass
 from splitfold.passes.simulate_quantization import SimulateQuantizationPass
 from splitfold.passes.split_activations import SplitActivationsPass
 from splitfold.passes.split_layers import SplitLayersPass
@@ -23,17 +30,24 @@ __all__ = ["PASSES"]
 
 PASSES: tuple[type[Pass], ...] = (
     CanonicalizePass,
+    DropNanGuardsPass,
+    FoldMultipliersPass,
     FoldScalesPass,
     QuantizeActivationsPass,
     QuantizeDynamicPass,
     QuantizeWeightsPass,
     QuantizeEmbeddingsPass,
     QuantizePartsPass,
+    SimplifyReshapesPass,
+    MergeTransposesPass,
     SimulateQuantizationPass,
     SplitActivationsPass,
     SplitLayersPass,
     SplitOutliersPass,
     AssignPrecisionPass,
+    ClipSoftmaxPass,
+    GateAttentionPass,
+    ReplaceSoftmaxPass,
     UnfuseNormsPass,
     LegalizePass,
 )

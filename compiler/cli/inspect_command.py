@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,14 @@ import typer
 from splitfold.compiler.cli.options import DebugOption
 from splitfold.compiler.cli.output import file_bytes, megabytes, out, say, table
 from splitfold.compiler.cli.report import print_deviation, print_kernels
-from splitfold.compiler.inspection import LayerFacts, constant_bytes, inspect_layers, operator_counts
+from splitfold.compiler.inspection import (
+    LayerFacts,
+    attention_report,
+    constant_bytes,
+    inspect_layers,
+    operator_counts,
+)
+from splitfold.passes.attention_block import AttentionReport
 from splitfold.runtime.artifact import read_manifest
 from splitfold.runtime.errors import ArtifactError
 from splitfold.runtime.feeds import model_inputs
@@ -48,6 +56,7 @@ def inspect_command(
         "operators",
         f"{sum(counts.values())}: " + ", ".join(f"{name} {count}" for name, count in counts.items()),
     )
+    _print_attention(attention_report(model))
     manifest = _manifest(path)
     _print_layers(inspect_layers(model), manifest.get("realised", {}), constant_bytes(model))
     if manifest:
@@ -67,6 +76,16 @@ def _shape(value: ir.Value) -> str:
         if value.shape is None
         else f"[{', '.join(str(d) if isinstance(d, int) else str(d.value or '?') for d in value.shape)}]"
     )
+
+
+def _print_attention(report: AttentionReport) -> None:
+    """Print how many blocks of each kind there are, and each softmax that is none with its reason."""
+    if report.blocks:
+        counts = Counter(str(block) for block in report.blocks)
+        found = "; ".join(f"{count} x {kind}" for kind, count in counts.items())
+        say("attention", f"{len(report.blocks)} blocks: {found}")
+    for name, count in Counter(f"{miss.name}: no attention: {miss.reason}" for miss in report.misses).items():
+        say("softmax", name if count == 1 else f"{name} ({count} times)")
 
 
 def _print_layers(layers: Sequence[LayerFacts], realised: Mapping[str, Any], total: int) -> None:
