@@ -10,6 +10,7 @@ from splitfold.passes.clip_softmax import ClipSoftmaxPass
 from splitfold.passes.drop_nan_guards import DropNanGuardsPass
 from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass
+from splitfold.passes.fuse_attention import FuseAttentionPass
 from splitfold.passes.gate_attention import GateAttentionPass
 from splitfold.passes.legalize import LegalizePass
 from splitfold.passes.merge_transposes import MergeTransposesPass
@@ -48,6 +49,7 @@ PASSES: tuple[type[Pass], ...] = (
     ClipSoftmaxPass,
     GateAttentionPass,
     ReplaceSoftmaxPass,
+    FuseAttentionPass,
     UnfuseNormsPass,
     LegalizePass,
 )
