@@ -15,7 +15,14 @@ from splitfold.passes.base import Pass
 from splitfold.passes.pipeline import PassRecord, Pipeline
 from splitfold.passes.plan import EDITED
 
-__all__ = ["named_by_digest", "plans_values", "with_plan_files", "with_recorded_plans"]
+__all__ = [
+    "copy_plans",
+    "named_by_digest",
+    "plans_values",
+    "with_plan_files",
+    "with_plans_in",
+    "with_recorded_plans",
+]
 
 _SHOWN = 16
 """Digits of a digest that stand in a pipeline's text."""
@@ -70,6 +77,33 @@ def with_recorded_plans(manifest: Mapping[str, Any], steps: Pipeline, folder: Pa
         for step, digest in zip(steps, digests, strict=True)
     ]
     return with_plan_files(manifest, Pipeline(tuple(named)), folder)
+
+
+def copy_plans(steps: Pipeline, folder: Path) -> Pipeline:
+    """Copy the plans that `steps` name into `folder`, and return the pipeline with their names there; one
+    that cannot be read stays named as it is."""
+    named: list[Pass] = []
+    for number, step in enumerate(steps):
+        file = Path(step.plan) if isinstance(step, AssignPrecisionPass) and step.plan else None
+        if isinstance(step, AssignPrecisionPass) and file is not None and file.is_file():
+            name = f"plan-{number:02}{file.suffix}"
+            (folder / name).write_bytes(file.read_bytes())
+            named.append(dataclasses.replace(step, plan=name))
+        else:
+            named.append(step)
+    return Pipeline(tuple(named))
+
+
+def with_plans_in(steps: Pipeline, folder: Path) -> Pipeline:
+    """Return `steps` with the paths of those plans that lie in `folder`."""
+    return Pipeline(
+        tuple(
+            dataclasses.replace(step, plan=str(folder / step.plan))
+            if isinstance(step, AssignPrecisionPass) and step.plan and (folder / step.plan).is_file()
+            else step
+            for step in steps
+        )
+    )
 
 
 def _write(folder: Path, digest: str, plan: Mapping[str, Any]) -> Path:

@@ -249,6 +249,28 @@ def test_an_interrupt_passes_through(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_goes_along(tmp_path: Path) -> None:
+    """A searched plan lies in a folder for temporary files, which is gone when the failure is looked at."""
+    plan = tmp_path / "plan.toml"
+    names = ("encoder.up", "encoder.down")
+    rows = ", ".join(f'{{ name = "{name}", precision = "w2" }}' for name in names)
+    plan.write_text(f"layers = [{rows}]")
+    with pytest.raises(VerificationError) as caught:
+        compile(
+            mlp(),
+            pipeline=f"assign-precision{{plan={plan}}}",
+            calibration=[{"x": samples()}],
+            tolerance=Tolerance(cosine=0.99999),
+            reproducers=tmp_path / "failures",
+        )
+    plan.unlink()
+    folder = named_folder(caught.value)
+    assert reproduce(folder).outcome is Outcome.SAME
+    done = script(folder)
+    assert done.returncode == 1
+    assert "VerificationError" in done.stderr
+
+
 def test_files_hold_arrays_of_any_name(tmp_path: Path) -> None:
     feeds = {
         "/a/b:0": np.arange(3, dtype=np.int64),

@@ -18,6 +18,7 @@ from splitfold.compiler.debug.reproduce.pass_class import PassClass, foreign_cla
 from splitfold.compiler.debug.reproduce.randomise import SEED
 from splitfold.compiler.debug.reproduce.script import script_text
 from splitfold.compiler.manifest import versions
+from splitfold.compiler.plan_record import copy_plans, with_plans_in
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.tolerance import Tolerance
 from splitfold.passes.pipeline import Pipeline
@@ -63,7 +64,8 @@ def write_case(folder: Path, case: Case) -> None:
         _write_arrays(folder / _INPUTS_FILE, case.feeds)
     for number, feeds in enumerate(case.batches):
         _write_arrays(folder / _BATCHES.replace("*", f"{number:02}"), feeds)
-    (folder / _PIPELINE_FILE).write_text(f"{case.steps}\n", encoding="utf-8")
+    steps = copy_plans(case.steps, folder)
+    (folder / _PIPELINE_FILE).write_text(f"{steps}\n", encoding="utf-8")
     (folder / SCRIPT_FILE).write_text(script_text(case), encoding="utf-8")
 
 
@@ -104,7 +106,7 @@ def read_case(folder: Path, facts: Mapping[str, Any]) -> Case:
             read_model(folder / MODEL_FILE),
             _read_arrays(inputs) if inputs.exists() else None,
             tuple(_read_arrays(file) for file in sorted(folder.glob(_BATCHES))),
-            Pipeline.parse(text, (*PASSES, *kinds)),
+            with_plans_in(Pipeline.parse(text, (*PASSES, *kinds)), folder.resolve()),
             Target.named(facts["target"]),
             Tolerance(**facts["tolerance"]),
             Unrealised(facts["unrealised"]),
