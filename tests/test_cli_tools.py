@@ -67,7 +67,7 @@ def test_inspect(run: Run) -> None:
     run("compile", "model.onnx", "-o", "out", "--preset", "int4")
     small = run("inspect", "out").stdout
     assert re.search(r"encoder\.up +MatMulNBits +32 x 64 +4 bits, block 32 +[\d,]+ +MatMulNBits", small)
-    assert "canonicalize,quantize-weights" in small
+    assert "fold-multipliers,quantize-weights" in small
     assert re.search(r"\n y +0\.9", small)
     assert "4 bits" in run("inspect", "out/model.onnx").stdout
 

@@ -132,7 +132,7 @@ def test_a_record_holds_all_that_is_known(tmp_path: Path) -> None:
     compile(mlp(), CALIBRATION[0], pipeline=pipeline, observers=[watch, Snapshots(tmp_path / "s")])
     records = [json.loads(file.read_text()) for file in sorted((tmp_path / "s").glob("*.json"))]
     lossy = records[1]
-    assert set(lossy) == set(PassRecord.__dataclass_fields__)
+    assert set(lossy) == set(PassRecord.__dataclass_fields__) - {"plan"}  # which this pass has none of
     assert [layer for layer, _ in lossy["applied"]] == ["encoder.up"]
     assert ["encoder.down", "excluded by option"] in lossy["skipped"]
     assert lossy["deviation"]["sqnr_db"] == pytest.approx(watch.records[1].deviation.sqnr_db)  # type: ignore[union-attr]
