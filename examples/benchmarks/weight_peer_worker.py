@@ -127,14 +127,16 @@ def ort_gptq(job: Job, model: onnx.ModelProto) -> Outcome:
 
 
 def nncf_compress(job: Job, model: onnx.ModelProto) -> Outcome:
-    """`nncf.compress_weights` of all MatMuls; the options are its own."""
+    """`nncf.compress_weights` of all MatMuls; the options are its own (`data`: whether it gets any)."""
     nncf = importlib.import_module("nncf")
     mode = nncf.CompressWeightsMode.INT4_SYM if job["symmetric"] else nncf.CompressWeightsMode.INT4_ASYM
     if job["bits"] != 4:
         mode = getattr(nncf.CompressWeightsMode, f"INT{job['bits']}_{'SYM' if job['symmetric'] else 'ASYM'}")
     options = dict(job["options"])
-    dataset = None
-    if options:
+    ratio, dataset = options.pop("ratio", 1.0), None
+    if "sensitivity_metric" in options:
+        options["sensitivity_metric"] = nncf.SensitivityMetric[options["sensitivity_metric"]]
+    if options.pop("data", bool(options)):
         feeds = batches(job["calibration"])
         if options.pop("one_by_one", True):
             feeds = samples(feeds)
@@ -146,7 +148,7 @@ def nncf_compress(job: Job, model: onnx.ModelProto) -> Outcome:
         model,
         mode=mode,
         group_size=job["block"],
-        ratio=1.0,
+        ratio=ratio,
         all_layers=True,
         ignored_scope=nncf.IgnoredScope(names=gathers),
         dataset=dataset,

@@ -129,10 +129,14 @@ class Environment:
 
     Attributes:
         folder: absolute.
+        requirements: what is installed.
+        worker: the script that calls the tools.
         calibrated: folders of the batches written, by subject and seed.
     """
 
     folder: Path
+    requirements: tuple[str, ...] = REQUIREMENTS
+    worker: Path = WORKER
     calibrated: dict[tuple[str, int], Path] = field(default_factory=dict)
 
     @property
@@ -158,14 +162,14 @@ class Environment:
         Raises:
             PeerError: pip fails.
         """
-        done, wanted = self.folder / "installed.txt", "\n".join(REQUIREMENTS)
+        done, wanted = self.folder / "installed.txt", "\n".join(self.requirements)
         if done.is_file() and done.read_text(encoding="utf-8") == wanted:
             return
-        say(f"installing {', '.join(REQUIREMENTS)} in {self.folder}")
+        say(f"installing {', '.join(self.requirements)} in {self.folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
         for command in (
             [sys.executable, "-m", "venv", "--clear", str(self.folder / "environment")],
-            [str(self.python), "-m", "pip", "install", "--quiet", *REQUIREMENTS],
+            [str(self.python), "-m", "pip", "install", "--quiet", *self.requirements],
         ):
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
@@ -207,7 +211,7 @@ class Environment:
         }
         file = self.folder / "job.json"
         file.write_text(json.dumps(job), encoding="utf-8")
-        command = [str(self.python), str(WORKER), str(file)]
+        command = [str(self.python), str(self.worker), str(file)]
         try:
             made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
         except subprocess.TimeoutExpired:
