@@ -12,6 +12,7 @@ from splitfold.passes.drop_nan_guards import DropNanGuardsPass
 from splitfold.passes.errors import SpecError
 from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass, ScaleMethod
+from splitfold.passes.fuse_attention import FuseAttentionPass
 from splitfold.passes.merge_transposes import MergeTransposesPass
 from splitfold.passes.pipeline import Pipeline
 from splitfold.passes.precision import Precision
@@ -45,8 +46,9 @@ def _simplified() -> tuple[Pass, ...]:
 
 
 def exact() -> Pipeline:
-    """Return the lossless pipeline: canonical form, and the removal of work that computes nothing."""
-    return Pipeline.of(*_simplified())
+    """Return the lossless pipeline: canonical form, the removal of work that computes nothing, and attention
+    as one operator."""
+    return Pipeline.of(*_simplified(), FuseAttentionPass())
 
 
 def int8() -> Pipeline:
@@ -61,6 +63,7 @@ def int8() -> Pipeline:
         QuantizeActivationsPass(min_sqnr=_STATIC_SQNR, form=StaticForm.INTEGER),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
         QuantizeEmbeddingsPass(),
+        FuseAttentionPass(),
         UnfuseNormsPass(),
     )
 
@@ -72,6 +75,7 @@ def int8_dynamic() -> Pipeline:
         FoldScalesPass(data_free=True),
         QuantizeDynamicPass(),
         QuantizeEmbeddingsPass(),
+        FuseAttentionPass(),
         UnfuseNormsPass(),
     )
 
@@ -79,7 +83,9 @@ def int8_dynamic() -> Pipeline:
 def int4() -> Pipeline:
     """Return 4-bit weights in blocks of 32 with zero points, and int8 embedding tables; needs no calibration
     data."""
-    return Pipeline.of(*_simplified(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass())
+    return Pipeline.of(
+        *_simplified(), QuantizeWeightsPass(bits=4, block=32), QuantizeEmbeddingsPass(), FuseAttentionPass()
+    )
 
 
 def low_bit() -> Pipeline:
@@ -91,6 +97,7 @@ def low_bit() -> Pipeline:
         *_simplified(),
         FoldScalesPass(method=ScaleMethod.AWQ, bits=_LOW_BITS),
         QuantizeWeightsPass(method=WeightMethod.GPTQ, bits=_LOW_BITS, act_order=True),
+        FuseAttentionPass(),
     )
 
 
@@ -106,6 +113,7 @@ def mixed() -> Pipeline:
         FoldScalesPass(),
         AssignPrecisionPass(choices=choices),
         QuantizeEmbeddingsPass(),
+        FuseAttentionPass(),
         UnfuseNormsPass(),
     )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +13,11 @@ from splitfold.passes.attention import find_attention
 from splitfold.passes.attention_block import Attention, AttentionForm, TermKind
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.dims import Dim, Shape, product
-from splitfold.passes.identity import inherit
+from splitfold.passes.identity import layers_of, stamp
 from splitfold.passes.opset import default_opset, raise_opset
 from splitfold.passes.symbolic_shapes import SymbolicShapes, symbolic_shapes
 from splitfold.passes.values import drop_computed, emit, forget_names, ints_attribute, replace_value
+from splitfold.runtime.target import Target
 
 __all__ = ["FuseAttentionPass"]
 
@@ -46,30 +48,51 @@ class FuseAttentionPass(LayerPass):
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
-        blocks = [it for it in find_attention(model).blocks if it.form is AttentionForm.DECOMPOSED]
+        blocks = _blocks(model)
         self.check_patterns(block.name for block in blocks)
-        if blocks and default_opset(model) < _OPSET:
-            if context.target.opset < _OPSET:
-                reason = f"target {context.target.name} runs opset {context.target.opset}"
-            else:
-                reason = raise_opset(model, _OPSET) or ""
-            if reason:
-                for block in blocks:
-                    findings.skip(block.name, f"the operator needs opset {_OPSET}: {reason}")
-                return False
-            forget_names(model)
-            blocks = [it for it in find_attention(model).blocks if it.form is AttentionForm.DECOMPOSED]
+        if not any(isinstance(found, list) for _, found in self._found(model, blocks)):
+            self._skip(model, blocks, findings)
+            return False
+        reason = _raised(model, context.target)
+        if reason:
+            for block in blocks:
+                findings.skip(block.name, f"the operator needs opset {_OPSET}: {reason}")
+            return False
+        blocks = _blocks(model)  # of the raised model
+        self._skip(model, blocks, findings)
+        for block, found in list(self._found(model, blocks)):
+            if isinstance(found, list):
+                _fuse(block, found)
+                findings.apply(block.name, f"one Attention of {block.layout.count} heads")
+        return True
+
+    def _found(
+        self, model: ir.Model, blocks: Sequence[Attention]
+    ) -> Iterator[tuple[Attention, list[ir.Value | None] | str]]:
+        """Yield each block with the operator's inputs, or with the reason why it stays."""
         shapes = symbolic_shapes(model) if blocks else SymbolicShapes()
-        before = len(findings.applied)
         for block in blocks:
-            found = _inputs(block, shapes)
-            reason = self.unwanted(block.name) or (found if isinstance(found, str) else None)
-            if isinstance(found, str) or reason is not None:
-                findings.skip(block.name, reason or "")
-                continue
-            _fuse(block, found)
-            findings.apply(block.name, f"one Attention of {block.layout.count} heads")
-        return len(findings.applied) > before
+            yield block, self.unwanted(block.name) or _inputs(block, shapes)
+
+    def _skip(self, model: ir.Model, blocks: Sequence[Attention], findings: Findings) -> None:
+        for block, found in self._found(model, blocks):
+            if isinstance(found, str):
+                findings.skip(block.name, found)
+
+
+def _blocks(model: ir.Model) -> list[Attention]:
+    return [it for it in find_attention(model).blocks if it.form is AttentionForm.DECOMPOSED]
+
+
+def _raised(model: ir.Model, target: Target) -> str:
+    """Raise the model to the operator's opset; return why it stayed, or nothing."""
+    if default_opset(model) >= _OPSET:
+        return ""
+    if target.opset < _OPSET:
+        return f"target {target.name} runs opset {target.opset}"
+    reason = raise_opset(model, _OPSET) or ""
+    forget_names(model)
+    return reason
 
 
 def _inputs(block: Attention, shapes: SymbolicShapes) -> list[ir.Value | None] | str:
@@ -164,8 +187,25 @@ def _fuse(block: Attention, inputs: list[ir.Value | None]) -> None:
         names=[f"{merged.name}_fused"],
         like=merged,
     )
-    node = made.producer()
-    if node is not None:
-        inherit([node], [block.node])
+    names = {name for node in _between(last, inputs) for name in layers_of(node)}
     replace_value(merged, made)
     drop_computed(merged)
+    node = made.producer()
+    if node is not None and node.graph is not None:  # a name that others bear stays theirs
+        stamp(node, names - {name for other in node.graph for name in layers_of(other)})
+
+
+def _between(last: ir.Node, inputs: Sequence[ir.Value | None]) -> list[ir.Node]:
+    """Return the nodes that the operator takes the place of: from `last` back to its inputs."""
+    found: list[ir.Node] = []
+    pending: list[ir.Node] = [last]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.append(node)
+            read = (
+                node.inputs[:1] if node.op_type == "Reshape" else node.inputs
+            )  # not what it takes its target from
+            made = [value.producer() for value in read if value is not None and value not in inputs]
+            pending += [maker for maker in made if maker is not None]
+    return found

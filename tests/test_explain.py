@@ -31,10 +31,9 @@ _ANY = Tolerance(cosine=None)
 
 
 @functools.cache
-def _encoder(preset: str) -> Artifact:
-    return compile(
-        encoder(layers=2), calibration=token_batches(3), pipeline=PRESETS[preset](), tolerance=_ANY
-    )
+def _encoder(preset: str, without: str = "fuse-attention") -> Artifact:
+    steps = str(PRESETS[preset]()).replace(f",{without}", "")
+    return compile(encoder(layers=2), calibration=token_batches(3), pipeline=steps, tolerance=_ANY)
 
 
 def _mlp(pipeline: str, **options: object) -> Artifact:
@@ -217,6 +216,8 @@ def test_nodes_without_weights_say_what_they_are() -> None:
         layer = _one(explanation, name)
         assert layer.precision == "float"
         assert layer.reason.startswith(words), layer.reason
+    fused = _one(explain(_encoder("int8", without="nothing")), "encoder.layer.0.attention.self.mix")
+    assert fused.reason.startswith("Attention: it has no weights")
 
 
 def test_a_layer_put_back_to_float_says_so() -> None:

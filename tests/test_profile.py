@@ -241,9 +241,9 @@ def test_a_bias_that_one_model_takes_along_shares_the_row(swapped: bool) -> None
 
 
 def _encoder_int8() -> ir.Model:
-    return compile(
-        encoder(layers=1), calibration=token_batches(3), pipeline=presets.int8(), tolerance=_ANY
-    ).model
+    """Return it with attention written out, as the float model has it."""
+    steps = str(presets.int8()).replace("fuse-attention,", "")
+    return compile(encoder(layers=1), calibration=token_batches(3), pipeline=steps, tolerance=_ANY).model
 
 
 def test_models_without_common_values_meet_by_layer() -> None:
