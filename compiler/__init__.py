@@ -9,6 +9,8 @@ from splitfold.compiler.driver import compile
 from splitfold.compiler.finetuning import Trained, finetune
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.search.options import Goal, Search, Unmet
+from splitfold.compiler.speed import IfSlower, Speed, SpeedCheck
+from splitfold.compiler.substitution import substitute
 from splitfold.compiler.tolerance import Budget, Tolerance
 from splitfold.passes.pipeline import Pipeline
 from splitfold.runtime.artifact import Artifact
@@ -19,10 +21,13 @@ __all__ = [
     "Artifact",
     "Budget",
     "Goal",
+    "IfSlower",
     "Pipeline",
     "Search",
     "Session",
     "Snapshots",
+    "Speed",
+    "SpeedCheck",
     "Target",
     "Tolerance",
     "Trained",
@@ -31,4 +36,5 @@ __all__ = [
     "compile",
     "finetune",
     "presets",
+    "substitute",
 ]

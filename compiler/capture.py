@@ -21,7 +21,7 @@ from splitfold.runtime.feeds import Array
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Captured", "capture_torch", "is_torch_model"]
+__all__ = ["Captured", "capture_torch", "explain", "is_torch_model", "quiet", "split_inputs", "translated"]
 
 _KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
 """The rest of the exporter's metadata holds local paths and source text."""
@@ -68,17 +68,22 @@ def capture_torch(model: object, example_inputs: object, dynamic_shapes: object)
         raise CaptureError("compiling a PyTorch model needs torch: pip install 'splitfold[torch]'") from error
     if isinstance(model, torch.export.ExportedProgram):
         program = model
-        args, kwargs = _split_inputs(example_inputs if example_inputs is not None else program.example_inputs)
+        args, kwargs = split_inputs(example_inputs if example_inputs is not None else program.example_inputs)
     else:
         if not isinstance(model, torch.nn.Module):
             raise CaptureError(f"cannot capture a {type(model).__name__}.")
-        args, kwargs = _split_inputs(example_inputs)
+        args, kwargs = split_inputs(example_inputs)
         program = _export(model, args, kwargs, dynamic_shapes)
     captured = _to_onnx(program)
     return Captured(captured, _feeds(captured, args, kwargs), _outputs(program, args, kwargs))
 
 
-def _split_inputs(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_inputs(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs in any form that `capture_torch` takes as positional and keyword inputs.
+
+    Raises:
+        CaptureError: there are none.
+    """
     if example_inputs is None:
         raise CaptureError(
             "a PyTorch model needs example_inputs: a tuple, a dict of keyword arguments, or (tuple, dict)."
@@ -106,13 +111,13 @@ def _export(
             "would be captured as they train."
         )
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)  # type: ignore[arg-type]
     except Exception as error:
-        raise CaptureError(_explain(module, error)) from error
+        raise CaptureError(explain(module, error)) from error
 
 
-def _explain(module: torch.nn.Module, error: Exception) -> str:
+def explain(module: torch.nn.Module, error: Exception) -> str:
     """Return a message with the user's module path and source line nearest to where tracing failed."""
     import torch
 
@@ -139,10 +144,22 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
+    model = translated(program).model
+    _strip_metadata(model)
+    return model
+
+
+def translated(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    """Return what torch.onnx makes of an exported program: the ONNX model, and the program after
+    decomposition.
+
+    Raises:
+        CaptureError: it cannot be translated.
+    """
     import torch
 
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             exported = torch.onnx.export(program, dynamo=True, verbose=False)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -151,9 +168,7 @@ def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
         ) from error
     if exported is None:
         raise CaptureError("torch.onnx.export returned no model.")
-    model = exported.model
-    _strip_metadata(model)
-    return model
+    return exported
 
 
 def _strip_metadata(model: ir.Model) -> None:
@@ -195,13 +210,13 @@ def _outputs(
     import torch
     from torch.utils import _pytree
 
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         leaves = _pytree.tree_leaves(program.module()(*args, **kwargs))
     return [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter's prints, warnings and log records (its failures come as exceptions too); restore
     afterwards."""
     disabled = logging.root.manager.disable

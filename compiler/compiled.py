@@ -8,6 +8,7 @@ from pathlib import Path
 
 from splitfold.compiler.search.found import Searched
 from splitfold.compiler.source import Source
+from splitfold.compiler.speed.outcome import Speed
 from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.artifact import Artifact
 
@@ -23,11 +24,14 @@ class Compiled(Artifact):
         source: the model before any pass, the feeds that the outputs were compared on, and the calibration
             data.
         search: what the search for the best model within a drop of the metric came to, where there was one.
+        speed: how fast the model is beside the one that it was made from, where that was measured. It stands
+            in no file: the same artifact has the same bytes on every machine.
     """
 
     records: tuple[PassRecord, ...]
     source: Source
     search: Searched | None = None
+    speed: Speed | None = None
 
     def write_report(self, path: str | Path) -> Path:
         """Write a report of the compilation as one HTML file (replacing it) that needs no network, and return

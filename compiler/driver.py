@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from splitfold.compiler.debug.reproduce.reproducer import REPRODUCERS, write_rep
 from splitfold.compiler.errors import EvaluationError
 from splitfold.compiler.manifest import build_manifest
 from splitfold.compiler.plan_record import named_by_digest
-from splitfold.compiler.presets import mixed
+from splitfold.compiler.presets import PRESETS, mixed
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.search.compiling import searched_job, settled
 from splitfold.compiler.search.evaluation import Subject, evaluate_all
@@ -25,6 +26,9 @@ from splitfold.compiler.search.found import Searched, manifest_values
 from splitfold.compiler.search.options import Search
 from splitfold.compiler.search.scores import Evaluate
 from splitfold.compiler.source import Source, load_source
+from splitfold.compiler.speed.options import IfSlower, SpeedCheck
+from splitfold.compiler.speed.outcome import Speed
+from splitfold.compiler.speed.repair import check_speed
 from splitfold.compiler.tolerance import Budget, Tolerance
 from splitfold.passes.errors import FailureError
 from splitfold.passes.pipeline import Observer, Pipeline
@@ -33,7 +37,10 @@ from splitfold.runtime.digest import content_digest, feeds_digest
 from splitfold.runtime.model_file import weight_bytes
 from splitfold.runtime.target import Target
 
-__all__ = ["Evaluate", "compile", "complete"]
+__all__ = ["SPEED_CHECK", "Evaluate", "compile", "complete"]
+
+SPEED_CHECK = SpeedCheck()
+"""How a compilation is timed where nothing else is asked for."""
 
 
 def compile(
@@ -50,6 +57,7 @@ def compile(
     dynamic_shapes: object = None,
     observers: Sequence[Observer] = (),
     unrealised: Unrealised = Unrealised.FLOAT,
+    speed: SpeedCheck | None = SPEED_CHECK,
     reproducers: str | Path | None = REPRODUCERS,
 ) -> Compiled:
     """Compile a model into a verified ONNX artifact that plain ONNX Runtime runs.
@@ -74,6 +82,11 @@ def compile(
         dynamic_shapes: dynamic axes, as `torch.export.export` takes them.
         observers: are told of each pass.
         unrealised: what to do with a low-bit layer that no low-bit kernel computes.
+        speed: how the result is timed beside the model, for about two seconds, and what happens where it is
+            slower: slower layers of a preset go to dynamic int8 or back to float, those of a pipeline of your
+            own do not. What was found is `Compiled.speed`. Where the result is changed, two runs can give two
+            results; the manifest's pipeline says what was done, and a replay gives the same bytes. None is
+            for not measuring.
         reproducers: folder into which a failure of a pass, of the runtime or of verification writes a folder
             with the smallest part of the model that still fails, which the error names. The search for it
             ends after about half a minute; None is for writing none.
@@ -92,29 +105,72 @@ def compile(
     failures = None if reproducers is None else Path(reproducers)
     if spent.max_drop is None:
         job = Job(source, complete(pipeline), place, tolerance or Tolerance(), unrealised)
-        built = _build(job, observers, failures)
-        return _compiled(job, built, spent, _metric(evaluate, source.model, built.model, job))
+        built, found = _timed(job, _build(job, observers, failures), speed, observers, failures)
+        return _compiled(job, built, spent, _metric(evaluate, source.model, built.model, job), speed=found)
     if evaluate is None:
         raise ValueError(
             "budget.max_drop is what the metric may lose: give evaluate, a function of a session."
         )
     steps = complete(mixed() if pipeline is None else pipeline)
     job = Job(source, steps, place, tolerance or Tolerance(cosine=None), unrealised)
-    with searched_job(job, evaluate, spent, search or Search(), observers) as (planned, found):
+    with searched_job(job, evaluate, spent, search or Search(), observers) as (planned, best):
         built = _build(planned, observers, failures)
-        found = settled(found, built.model, evaluate, job)
-    return _compiled(job, built, spent, _searched(found), found)
+        best = settled(best, built.model, evaluate, job)
+    kept = "It stays as it is: its plan was searched for."
+    built, found = _timed(job, built, speed, observers, failures, kept=kept)
+    return _compiled(job, built, spent, _searched(best), best, speed=found)
+
+
+def _timed(
+    job: Job,
+    built: Built,
+    check: SpeedCheck | None,
+    observers: Sequence[Observer],
+    reproducers: Path | None,
+    *,
+    kept: str = "",
+) -> tuple[Built, Speed | None]:
+    """Return the build to keep, and how fast it is; `kept` is why a slower one stays."""
+    if check is None:
+        return built, None
+    if not kept and check.if_slower is IfSlower.KEEP:
+        kept = "It stays as it is, as was asked."
+    if not kept and check.if_slower is IfSlower.PRESET and not _is_preset(job.steps):
+        kept = "It stays as it is: the pipeline is your own (if_slower=repair changes it)."
+
+    def rebuild(steps: Pipeline) -> Built:
+        return _build(dataclasses.replace(job, steps=steps), observers, reproducers)
+
+    return check_speed(job, built, check, rebuild, kept=kept)
+
+
+def _is_preset(steps: Pipeline) -> bool:
+    return any(steps == complete(make()) for make in (*PRESETS.values(), mixed))
 
 
 def _compiled(
-    job: Job, built: Built, budget: Budget, metric: dict[str, Any], search: Searched | None = None
+    job: Job,
+    built: Built,
+    budget: Budget,
+    metric: dict[str, Any],
+    search: Searched | None = None,
+    *,
+    speed: Speed | None = None,
 ) -> Compiled:
     budget.check(weight_bytes(built.model))
     steps, records = named_by_digest(built.steps, built.records)
     facts = _facts(job.source, job.target, job.source.calibration) | {"put_back": built.put_back} | metric
+    if speed is not None and speed.changed:
+        facts["too_slow"] = dict.fromkeys(speed.put_back, "float") | dict.fromkeys(speed.in_int8, "int8")
     manifest = build_manifest(built.model, steps, records, built.realised, built.deviations, facts)
     return Compiled(
-        built.model, manifest, job.target, records=tuple(records), source=job.source, search=search
+        built.model,
+        manifest,
+        job.target,
+        records=tuple(records),
+        source=job.source,
+        search=search,
+        speed=speed,
     )
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "EvaluationError",
     "OriginalFailedError",
     "ReportError",
+    "SubstitutionError",
     "VerificationError",
 ]
 
@@ -25,6 +26,14 @@ class CaptureError(SplitfoldError):
     Common causes: a module with control flow that depends on data (the message names the module), example
         inputs that do not fit its `forward`, a
     missing `splitfold[torch]`.
+    """
+
+
+class SubstitutionError(SplitfoldError):
+    """Attention of a torch module could not be replaced.
+
+    Common causes: a model whose sizes change from call to call with a pass that needs to know them, attention
+        that was not found (the message says which, and why), a step that is no substitution.
     """
 
 

@@ -28,7 +28,7 @@ __all__ = ["Replay", "replay"]
 
 logger = logging.getLogger(__name__)
 
-_CARRIED_OVER = ("metric", "search", "put_back")
+_CARRIED_OVER = ("metric", "search", "put_back", "too_slow")
 """What a replay cannot find again: the user's metric function is not in the manifest, and the layers that the
 compiler put back to float are excluded from the start by the recorded pipeline."""
 
@@ -91,6 +91,7 @@ def replay(
         tolerance=Tolerance(cosine=None),
         observers=observers,
         unrealised=Unrealised.KEEP,  # layers that went back to float stand in the recorded pipeline
+        speed=None,  # likewise
     )
     with tempfile.TemporaryDirectory(prefix="splitfold-plans-") as folder:
         steps = Pipeline.parse(str(manifest["pipeline"]))

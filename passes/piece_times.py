@@ -23,7 +23,7 @@ from splitfold.runtime.bench import bench
 from splitfold.runtime.feeds import Feeds
 from splitfold.runtime.target import Target
 
-__all__ = ["PieceTimes", "measure_times"]
+__all__ = ["PieceTimes", "measure_times", "saved_conversions"]
 
 RUNS = 20
 """Timed runs of each form of each layer."""
@@ -70,7 +70,7 @@ def measure_times(subject: Subject, *, runs: int = RUNS) -> PieceTimes:
             casts[piece.layer.name] = _time(cast, feeds, runs, target)
         walk.values([piece.end.name or ""])
     (whole,) = bench([subject.model], first, runs=runs, target=target)
-    return PieceTimes(whole.median_ms, more, _saved(subject, casts))
+    return PieceTimes(whole.median_ms, more, saved_conversions(subject, casts))
 
 
 def _forms(piece: Piece, precision: Precision, subject: Subject) -> tuple[ir.Model, ir.Model]:
@@ -108,9 +108,14 @@ def _cast(piece: Piece) -> ir.Model | None:
     return None if back is None else submodel(form, [back], [given])
 
 
-def _saved(subject: Subject, casts: Mapping[str, float]) -> dict[tuple[str, str], float]:
+def saved_conversions(subject: Subject, casts: Mapping[str, float]) -> dict[tuple[str, str], float]:
     """Return what each pair of neighbours saves: quantizing the second one's input, and of dequantizing the
-    first one's output the share of this reader; the two take about the same."""
+    first one's output the share of this reader; the two take about the same.
+
+    Args:
+        subject: whose convolutions are meant.
+        casts: by layer, milliseconds of quantizing its input and back.
+    """
     layers = subject.layers
     pairs = neighbours(subject.model, layers)
     readers = {start: sum(start == other for other, _ in pairs) for start, _ in pairs}

@@ -12,14 +12,15 @@ import onnx_ir as ir
 from splitfold.passes.allocation import Allocation
 from splitfold.passes.base import Context
 from splitfold.passes.carry_out import Carrying
+from splitfold.passes.estimated_times import estimate_times
 from splitfold.passes.expected_loss import ErrorModel, expected_losses
 from splitfold.passes.layers import Layer
 from splitfold.passes.limits import Limit, Unit
-from splitfold.passes.piece_times import measure_times
+from splitfold.passes.piece_times import PieceTimes, measure_times
 from splitfold.passes.precision import Precision
 from splitfold.passes.signals.measured import Sensitivity
 from splitfold.passes.signals.signal import Basis, Scores, Signal, measured
-from splitfold.passes.signals.subject import find_subject
+from splitfold.passes.signals.subject import Subject, find_subject
 
 __all__ = ["Request", "allocate", "check_choices"]
 
@@ -82,4 +83,11 @@ def allocate(
     scores = measured(request.signal, subject)
     losses = expected_losses(scores, subject, request.error)
     timed = any(limit.unit is Unit.MILLISECONDS for limit in budget)
-    return Allocation(subject, scores, losses, measure_times(subject) if timed else None)
+    return Allocation(subject, scores, losses, _times(subject) if timed else None)
+
+
+def _times(subject: Subject) -> PieceTimes:
+    """Return the times that follow from the target's kernel costs, or that are measured where it has none."""
+    costs = subject.context.target.costs
+    found = estimate_times(subject, costs) if costs is not None else None
+    return measure_times(subject) if found is None else found

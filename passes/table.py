@@ -6,8 +6,10 @@ from __future__ import annotations
 from splitfold.passes.assign_precision import AssignPrecisionPass
 from splitfold.passes.base import Pass
 from splitfold.passes.canonicalize import CanonicalizePass
+from splitfold.passes.choose_carriers import ChooseCarriersPass
 from splitfold.passes.clip_softmax import ClipSoftmaxPass
 from splitfold.passes.drop_nan_guards import DropNanGuardsPass
+from splitfold.passes.fold_clips import FoldClipsPass
 from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass
 from splitfold.passes.fuse_attention import FuseAttentionPass
@@ -32,6 +34,7 @@ __all__ = ["PASSES"]
 PASSES: tuple[type[Pass], ...] = (
     CanonicalizePass,
     DropNanGuardsPass,
+    FoldClipsPass,
     FoldMultipliersPass,
     FoldScalesPass,
     QuantizeActivationsPass,
@@ -46,6 +49,7 @@ PASSES: tuple[type[Pass], ...] = (
     SplitLayersPass,
     SplitOutliersPass,
     AssignPrecisionPass,
+    ChooseCarriersPass,
     ClipSoftmaxPass,
     GateAttentionPass,
     ReplaceSoftmaxPass,

@@ -7,14 +7,24 @@ A target is data; passes ask it, never name it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from splitfold.runtime.errors import UnsupportedError, did_you_mean
 
+if TYPE_CHECKING:
+    from splitfold.runtime.costs.kernel import Case
+    from splitfold.runtime.costs.measure import Meter
+    from splitfold.runtime.costs.table import KernelCosts
+
 __all__ = ["Carrier", "Fusion", "Target"]
+
+logger = logging.getLogger(__name__)
 
 
 class Carrier(enum.Enum):
@@ -61,6 +71,8 @@ class Target:
             saturate (x86 without VNNI).
         low_bit_kernels: operator types of the runtime's optimised graph that compute in low precision.
         slow_fusions: fusions of the runtime whose kernel is slower than what it replaces.
+        costs: what its kernels take, measured (`measure`, ``splitfold calibrate-target``); None is that
+            nothing was. Two targets that differ only in it are equal.
     """
 
     name: str
@@ -71,6 +83,7 @@ class Target:
     weight_levels: int = 127
     low_bit_kernels: frozenset[str] = field(default_factory=lambda: _CPU_KERNELS)
     slow_fusions: frozenset[Fusion] = frozenset()
+    costs: KernelCosts | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def cpu() -> Target:
@@ -94,6 +107,45 @@ class Target:
             near = did_you_mean(name, _NAMED)
             raise UnsupportedError(f"unknown target '{name}'.{near} Known: {', '.join(_NAMED)}.")
         return _NAMED[name]()
+
+    def with_costs(self, path: str | Path) -> Target:
+        """Return the target with the kernel costs that a file holds; it is warned where they were measured on
+        another processor or runtime.
+
+        Raises:
+            ArtifactError: the file holds none.
+        """
+        from splitfold.runtime.costs.file import read_costs
+        from splitfold.runtime.costs.machine import Machine
+
+        found = read_costs(path)
+        if differences := found.machine.differences(Machine.here(found.machine.threads)):
+            logger.warning(
+                "%s was measured elsewhere: %s. Its times may be wrong here: splitfold calibrate-target "
+                "measures them again.",
+                path,
+                "; ".join(differences),
+            )
+        return replace(self, costs=found)
+
+    def measure(self, cases: Iterable[Case] | None = None, *, meter: Meter | None = None) -> Target:
+        """Return the target with what its kernels take on this machine, beside what it knew of it.
+
+        Args:
+            cases: what to measure, as far as it is not known; default the shapes of common networks, which
+                take about a minute.
+            meter: what takes the times; default sessions with the runtime's own choice of threads.
+        """
+        from splitfold.runtime.costs.grid import common_cases
+        from splitfold.runtime.costs.machine import Machine
+        from splitfold.runtime.costs.measure import SessionMeter, measure_cases
+        from splitfold.runtime.costs.table import KernelCosts
+
+        here = Machine.here()
+        known = self.costs if self.costs is not None and self.costs.machine == here else KernelCosts(here, {})
+        wanted = known.missing(common_cases() if cases is None else cases)
+        found = measure_cases(wanted, meter or SessionMeter(self))
+        return replace(self, costs=known.with_samples(found.samples))
 
     def supports(self, node: ir.Node) -> bool:
         """Whether operators of the domain of `node` are expected to run; a custom domain is not known to."""

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from command_line import Run
 from small import mlp, npz, samples, saved
+from stopwatches import Even
 from typer.testing import CliRunner, Result
 
-from splitfold.compiler import compile
+from splitfold.compiler import SpeedCheck, compile
 from splitfold.compiler.cli.app import app
 
 
@@ -27,6 +28,16 @@ def reproducers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setattr("splitfold.compiler.debug.reproduce.reproducer.REPRODUCERS", folder)
     monkeypatch.setitem(compile.__kwdefaults__, "reproducers", folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_clock() -> Iterator[None]:
+    """Let every compilation find its result as fast as the model: no time decides what a test sees."""
+    check = SpeedCheck(stopwatch=Even())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("splitfold.compiler.driver.SPEED_CHECK", check)
+        patch.setitem(compile.__kwdefaults__, "speed", check)
+        yield
 
 
 @pytest.fixture

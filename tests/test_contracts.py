@@ -66,6 +66,8 @@ LOSSY = {
     "assign-precision{signal=random,error=bits}": 0.0,
     "split-layers{form=weight,embeddings=true},quantize-parts{grid=own,form=codes}": 20.0,
     "split-layers{form=weight},quantize-parts{bits=2,per=channel}": 0.0,
+    "choose-carriers": 15.0,
+    "choose-carriers{choices=[fp32,int8-static,w4],rows=1,margin=0.0}": 10.0,
     "quantize-activations": 15.0,
     "quantize-activations{calibrator=entropy,symmetric=true,weight-bits=7}": 15.0,
     "quantize-activations{calibrator=mse,min-sqnr=30}": 15.0,

@@ -9,6 +9,7 @@ import typer
 
 from splitfold.compiler.cli.bench_command import bench_command
 from splitfold.compiler.cli.bisect_command import bisect_command
+from splitfold.compiler.cli.calibrate_target_command import calibrate_target_command
 from splitfold.compiler.cli.compare_command import compare_command
 from splitfold.compiler.cli.compile_command import compile_command
 from splitfold.compiler.cli.demo_command import demo_command
@@ -77,6 +78,7 @@ app.command("outliers")(outliers_command)
 app.command("explain")(explain_command)
 app.command("bench")(bench_command)
 app.command("profile")(profile_command)
+app.command("calibrate-target")(calibrate_target_command)
 app.command("replay")(replay_command)
 app.command("report")(report_command)
 app.command("bisect")(bisect_command)

@@ -54,6 +54,7 @@ from splitfold.compiler.cli.search_options import (
     parse_search,
     say_search,
 )
+from splitfold.compiler.cli.speed_options import IfSlowerOption, SpeedSecondsOption, parse_speed, say_speed
 from splitfold.compiler.debug.report import REPORT_FILE, check_report
 from splitfold.compiler.driver import compile
 from splitfold.compiler.locate import Located, locate_data, locate_model
@@ -85,6 +86,8 @@ def compile_command(
     target: TargetOption = "cpu",
     tolerance: ToleranceOption = None,
     unrealised: UnrealisedOption = "float",
+    if_slower: IfSlowerOption = "preset",
+    speed_seconds: SpeedSecondsOption = 2.0,
     evaluate: EvaluateOption = None,
     max_drop: MaxDropOption = None,
     goal: GoalOption = GOAL,
@@ -108,7 +111,8 @@ def compile_command(
     (module, example_inputs, dynamic_shapes), as torch.export.export takes them.
 
     Every pass says what it applied and why it skipped the rest. The outputs of the result are compared with
-    the model's own, and a result beyond the tolerance is not written.
+    the model's own, and a result beyond the tolerance is not written. Its speed is compared with the model's
+    own too; where it would be slower, layers of a preset go to dynamic int8 or back to float.
 
     With --evaluate and --max-drop the plans of the pipeline's assign-precision are searched for the smallest
     model that keeps the metric.
@@ -124,7 +128,7 @@ def compile_command(
     chosen = (preset, pipeline, recipe)
     steps = mixed() if max_drop is not None and not any(chosen) else choose_pipeline(*chosen)
     place, limits, choice = parse_target(target), parse_tolerance(tolerance), parse_unrealised(unrealised)
-    failures = reproducers_in(reproducers, no_reproducer)
+    failures, speed = reproducers_in(reproducers, no_reproducer), parse_speed(if_slower, speed_seconds)
     check_folder(output, overwrite=overwrite)
     if report:
         check_report()
@@ -145,12 +149,14 @@ def compile_command(
             evaluate=None if evaluate is None else parse_metric(evaluate),
             budget=Budget(max_drop=max_drop),
             search=search,
+            speed=speed,
             reproducers=failures,
         )
     if artifact.search is not None:
         say_search(artifact.search)
     print_report(artifact, verbose=verbose)
     _print_metric(artifact)
+    say_speed(artifact.speed, verbose=verbose)
     artifact.save(output, overwrite=overwrite)
     _print_sizes(artifact, source, output)
     if report:

@@ -71,6 +71,8 @@ def demo_command(
             )
         files[name] = artifact.save(output / name, overwrite=True) / MODEL_FILE
         out().print(f"{name:<6}{artifact.manifest['pipeline']}", soft_wrap=True)
+        if artifact.speed is not None:
+            out().print(f"      speed: {artifact.speed.statement}", soft_wrap=True)
     timings = bench(list(files.values()), {"image": digits.images[:64]}, threads=1, runs=runs)
     _print(digits, files, timings)
     out().print(f"The artifacts are in {', '.join(str(output / name) for name in _PRESETS)}.", soft_wrap=True)

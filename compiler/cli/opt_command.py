@@ -83,6 +83,7 @@ def opt_command(
             calibration=None if calibration is None else progress.watch(locate_data(calibration)),
             tolerance=limits,
             observers=[progress, *taken],
+            speed=None,
             reproducers=failures,
         )
     was = file_bytes(model_path(model))

@@ -116,7 +116,12 @@ SnapshotsOption = Annotated[
     ),
 ]
 TargetOption = Annotated[
-    str, typer.Option("--target", metavar="NAME", help="Where the artifact is to run: cpu.")
+    str,
+    typer.Option(
+        "--target",
+        metavar="NAME",
+        help="Where the artifact is to run: cpu, or a file of calibrate-target: cpu with measured kernels.",
+    ),
 ]
 ToleranceOption = Annotated[
     str | None,
@@ -206,7 +211,9 @@ def parse_metric(text: str) -> Evaluate:
 
 
 def parse_target(name: str) -> Target:
-    """Return the target of ``--target``."""
+    """Return the target of ``--target``: by name, or the CPU with the kernel costs of a file."""
+    if name.endswith(".json"):
+        return Target.cpu().with_costs(name)
     with usage("--target"):
         return Target.named(name)
 

@@ -125,7 +125,7 @@ def examine(architecture: Any, folder: Path, ours_only: bool) -> Result:
 
     def ours() -> Path:
         start = time.perf_counter()
-        made.append(compile(model, calibration=calibration, pipeline=presets.int8()))
+        made.append(compile(model, calibration=calibration, pipeline=presets.int8(), speed=None))
         result.seconds = time.perf_counter() - start
         return made[0].save_model(folder / "ours.onnx")
 

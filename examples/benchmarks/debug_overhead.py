@@ -29,7 +29,7 @@ def compiled(model: Path, calibration: list[Feeds], folder: Path | None) -> floa
         shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
     observers = [] if folder is None else [Snapshots(folder)]
-    compile(model, calibration=calibration, pipeline=presets.int8(), observers=observers)
+    compile(model, calibration=calibration, pipeline=presets.int8(), observers=observers, speed=None)
     return time.perf_counter() - start
 
 

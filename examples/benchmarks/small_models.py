@@ -109,7 +109,9 @@ def examine(report: Report, subject: Subject, preset: str, folder: Path) -> None
     what = f"{subject.name}, {preset}"
     try:
         start = time.perf_counter()
-        artifact = compile(model, calibration=feeds[:CALIBRATION], pipeline=presets.preset(preset))
+        artifact = compile(
+            model, calibration=feeds[:CALIBRATION], pipeline=presets.preset(preset), speed=None
+        )
         seconds = time.perf_counter() - start
         path = artifact.save(folder / f"{subject.name}-{preset}") / "model.onnx"
         before, after = outputs(model, feeds[CALIBRATION:]), outputs(path, feeds[CALIBRATION:])

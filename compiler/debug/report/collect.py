@@ -221,6 +221,8 @@ def _warnings(compiled: Compiled) -> tuple[str, ...]:
         found.append(f"{len(slow)} low-bit layers are computed by no low-bit kernel: {', '.join(slow[:3])}.")
     if put_back := manifest.get("put_back", {}):
         found.append(f"{len(put_back)} layers were put back to float: {', '.join(list(put_back)[:3])}.")
+    if compiled.speed is not None and compiled.speed.slow:
+        found.append(f"Speed: {compiled.speed.statement}")
     return tuple(found)
 
 

@@ -72,6 +72,7 @@ def reproduce(folder: str | Path) -> Reproduction:
             calibration=list(case.batches) or None,
             tolerance=case.tolerance,
             unrealised=case.unrealised,
+            speed=None,
             reproducers=None,
         )
     except Exception as raised:

@@ -9,12 +9,13 @@ from splitfold.compiler.debug.reproduce.case import Case
 from splitfold.compiler.debug.reproduce.pass_class import PassClass, foreign_classes
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.tolerance import Tolerance
+from splitfold.passes.assign_precision import AssignPrecisionPass
 
 __all__ = ["script_text"]
 
 _SCRIPT = '''\
 """Exits with 1 and the error while this model and pipeline fail, with 0 when they do not."""
-import sys
+{os}import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from splitfold.compiler import {imports}
 {passes}
 here = Path(__file__).resolve().parent
-pipeline = Pipeline.parse((here / "pipeline.txt").read_text(encoding="utf-8"){table})
+{plans}pipeline = Pipeline.parse((here / "pipeline.txt").read_text(encoding="utf-8"){table})
 {inputs}{calibration}try:
     compile({arguments})
 except Exception as error:
@@ -34,7 +35,7 @@ print("it does not fail any more")
 def script_text(case: Case) -> str:
     """Return a script that runs the case from the files beside it."""
     kinds = [PassClass.of(kind) for kind in foreign_classes(case.steps)]
-    arguments = ['here / "model.onnx"', "pipeline=pipeline", *_limits(case), "reproducers=None"]
+    arguments = ['here / "model.onnx"', "pipeline=pipeline", *_limits(case), "speed=None", "reproducers=None"]
     imports = ["Pipeline", *(["Tolerance"] if _limits(case) else []), "compile"]
     if case.feeds is not None:
         arguments.insert(1, "inputs")
@@ -43,8 +44,11 @@ def script_text(case: Case) -> str:
     if case.unrealised is not Unrealised.FLOAT:
         arguments.append(f"unrealised=Unrealised.{case.unrealised.name}")
         imports.insert(-1, "Unrealised")
+    plans = any(isinstance(step, AssignPrecisionPass) and step.plan for step in case.steps)
     batches = 'batches = [dict(np.load(file)) for file in sorted(here.glob("calibration-*.npz"))]\n'
     return _SCRIPT.format(
+        os="import os\n" if plans else "",
+        plans="os.chdir(here)  # the plans that the pipeline names lie here\n" if plans else "",
         imports=", ".join(imports),
         passes="".join(_import_lines(kinds)),
         table=f", (*PASSES, {', '.join(kind.name for kind in kinds)})" if kinds else "",
