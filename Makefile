@@ -15,7 +15,7 @@ test: $(VENV)/.dev
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/pip install --quiet --force-reinstall --no-deps dist/splitfold-*.whl
-	cd tests && ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. .
+	cd tests && ../$(BIN)/python -m pytest -n auto --dist loadfile -c ../pyproject.toml --rootdir .. .
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -110,6 +110,8 @@ def _inputs(block: Attention, shapes: SymbolicShapes) -> list[ir.Value | None] |
         if whole is None:
             return f"its {name} are not split into heads by a Reshape and a Transpose"
         found.append(whole)
+    if not _only_moves(block.context, block.merged):
+        return "more than moving stands between its context and its merged heads"
     rank = shapes.rank(block.merged)
     if rank != 3:
         return f"its merged heads have rank {rank}, not 3"
@@ -162,6 +164,17 @@ def _side_by_side(value: ir.Value, count: int, shapes: SymbolicShapes) -> ir.Val
         return None
     same = whole[:2] == parted[:2] and whole[2] == product(parted[2:]) and parted[2] == Dim(count)
     return split.inputs[0] if same else None
+
+
+def _only_moves(context: ir.Value, merged: ir.Value) -> bool:
+    """Whether Reshapes and Transposes alone make `merged` from the context: no scale, no quantizer."""
+    value: ir.Value | None = merged
+    while value is not None and value is not context:
+        made = value.producer()
+        if made is None or made.domain != "" or made.op_type not in ("Reshape", "Transpose"):
+            return False
+        value = made.inputs[0]
+    return value is context
 
 
 def _fits(shape: Shape | None, block: Attention) -> bool:

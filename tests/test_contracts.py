@@ -43,6 +43,7 @@ EXACT = {
     "fold-scales{min-gain=-100}": 20,
     "fold-scales{data-free=true}": 5,
     "drop-nan-guards": 10,
+    "fold-clips": 0,
     "fuse-attention": 0,
     "fold-multipliers": 10,
     "legalize": 0,

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
-from attention_graphs import HEADS, attention_graph, numpy_softmax, outputs, seeded_feeds
+from attention_graphs import HEADS, SIZE, attention_graph, numpy_softmax, outputs, seeded_feeds
 from real_minilm import minilm, sentences
 from seeded import parse_graph
 
@@ -74,6 +74,36 @@ def test_a_guard_stays_unless_it_can_go() -> None:
     model, _ = attention_graph(guard=True)
     assert "a guard against NaN" in fused(model.clone()).skipped[0][1]
     assert fused(model, "drop-nan-guards,fuse-attention").modified
+
+
+@pytest.mark.parametrize("step", ["z = Mul(cj, d)", "z = QuantizeLinear(cj, k)"])
+def test_what_stands_between_heads_and_their_merging_stays(step: str) -> None:
+    """A scale of the next layer's input, or its quantizer, is no part of the block."""
+    model, _ = attention_graph()
+    before = {node.op_type for node in model.graph}
+    merge = next(
+        node
+        for node in model.graph
+        if node.name and node.op_type == "Reshape" and node.outputs[0].name == "cj"
+    )
+    source = merge.inputs[0]
+    assert source is not None
+    graph = model.graph
+    if step.startswith("z = Mul"):
+        held = ir.Value(name="d", const_value=ir.tensor(np.full(SIZE, 2, np.float32), name="d"))
+        graph.register_initializer(held)
+        put = ir.node("Mul", [source, held], name="between")
+    else:
+        held = ir.Value(name="k", const_value=ir.tensor(np.array(0.1, np.float32), name="k"))
+        graph.register_initializer(held)
+        put = ir.node("QuantizeLinear", [source, held], name="between")
+    put.outputs[0].name, put.outputs[0].shape = "between_out", source.shape
+    put.outputs[0].dtype = ir.DataType.FLOAT if put.op_type == "Mul" else ir.DataType.UINT8
+    graph.insert_before(merge, put)
+    merge.replace_input_with(0, put.outputs[0])
+    record = fused(model)
+    assert not record.applied
+    assert before <= operators(model)
 
 
 def test_a_target_of_an_older_opset_keeps_the_block() -> None:

@@ -235,11 +235,17 @@ def test_another_softmax_can_stand_in_its_place() -> None:
     assert "Softmax" not in operators(exported(made))
 
 
-def test_the_input_of_the_module_can_be_that_of_attention() -> None:
+def test_gates_read_the_input_of_attention_by_hand() -> None:
     torch.manual_seed(0)
-    made = spread(substitute(Attention("sdpa"), *GATE, example_inputs=example())).eval()
-    gates = torch.sigmoid(example(2)[0] @ made.get_parameter("Attention.gate.weight"))
-    assert gates.shape == (3, LENGTH, HEADS)
+    module, (x,) = Attention("sdpa"), example(2)
+    made = spread(substitute(module, *GATE, example_inputs=example()))
+    held = {name.rpartition(".")[2]: p for name, p in made.named_parameters() if ".gate." in name}
+    gates = torch.sigmoid(x @ held["weight"] + held["bias"]) / 0.25
+    module.output = nn.Identity()
+    context = module(x).unflatten(-1, (HEADS, -1)) * gates[..., None]
+    parts = dict(made.named_parameters())
+    expected = context.flatten(2) @ parts["output.weight"].T + parts["output.bias"]
+    np.testing.assert_allclose(made.eval()(x).detach(), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 class Branches(Net):
