@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 from command_line import Run, assert_failed
@@ -33,13 +32,12 @@ from splitfold.runtime.costs.builder import Built
 from splitfold.runtime.costs.file import read_costs, shipped_costs, write_costs
 from splitfold.runtime.costs.grid import common_cases
 from splitfold.runtime.costs.interpolation import interpolated
-from splitfold.runtime.costs.kernel import AXES, Case, Form, Kernel, Operation, work
+from splitfold.runtime.costs.kernel import AXES, Case, Form, Kernel, Operation
 from splitfold.runtime.costs.machine import Machine
 from splitfold.runtime.costs.measure import SessionMeter, measure_cases
 from splitfold.runtime.costs.models import FORMS, case_model
 from splitfold.runtime.costs.table import KernelCosts, Sample
 from splitfold.runtime.errors import ArtifactError, SessionError
-from splitfold.runtime.session import Session, optimized_graph
 from splitfold.runtime.target import Target
 
 MACHINE = Machine("a processor", 2, 0, "1.0")
@@ -75,46 +73,6 @@ NODES = {
 
 def _sample(milliseconds: float) -> Sample:
     return Sample(milliseconds, milliseconds, milliseconds, 3)
-
-
-# --- models of kernels ---
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_each_kernel_runs_as_what_it_is_called(kernel: Kernel) -> None:
-    assert Kernel.parse(str(kernel)) == kernel
-    built = case_model(Case(kernel, SMALL[kernel.operation]))
-    (output,) = Session(built.model).run(built.feeds).values()
-    assert output.size > 0
-    wanted = NODES.get(str(kernel), {"MatMulNBits"} if kernel.form is Form.BLOCKS else None)
-    if wanted is not None:
-        assert {node.op_type for node in optimized_graph(built.model, Target.cpu()).graph} == wanted
-
-
-def test_forms_of_attention_norm_and_gelu_compute_the_same() -> None:
-    for operation in (Operation.ATTENTION, Operation.NORM, Operation.GELU):
-        found = []
-        for kernel in FORMS[operation]:
-            built = case_model(Case(kernel, SMALL[operation]))
-            found.append(next(iter(Session(built.model).run(built.feeds).values())))
-        for other in found[1:]:
-            np.testing.assert_allclose(found[0], other, atol=2e-5)
-
-
-def test_a_case_has_all_its_sizes_and_a_kernel_has_a_name() -> None:
-    with pytest.raises(ValueError, match="3 positive numbers: rows, depth, columns"):
-        Case(Kernel(Operation.MATMUL), (1, 2))
-    with pytest.raises(ValueError, match="positive"):
-        Case(Kernel(Operation.MATMUL), (1, 0, 2))
-    for text in ("matmul/fp64", "matmull/fp32", "matmul/blocks-w4"):
-        with pytest.raises(ValueError):
-            Kernel.parse(text)
-
-
-def test_work_counts_multiply_adds() -> None:
-    assert work(Operation.MATMUL, (2, 3, 5)) == 30
-    assert work(Operation.CONV, (1, 4, 6, 8, 8, 3, 2, 2)) == 4 * 4 * 6 * 2 * 9
-    assert work(Operation.ATTENTION, (1, 2, 3, 4)) == 2 * 2 * 3 * 3 * 4
 
 
 # --- interpolation ---
