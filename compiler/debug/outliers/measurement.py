@@ -18,7 +18,7 @@ from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import CalibrationError
 from splitfold.runtime.feeds import Array, Feeds
 from splitfold.runtime.padding import PADDING, Padding
-from splitfold.runtime.session import Optimization, Session
+from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
 __all__ = ["measure_outliers"]
@@ -65,8 +65,7 @@ def measure_outliers(
     names = list(dict.fromkeys([*(it.value for it in points), *(it.value for it in blocks)]))
     forget_names(graph)
     groups = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
-    place = target or Target.cpu()
-    sessions = [Session(graph, place, optimization=Optimization.ALL, taps=taps) for taps in groups]
+    sessions = [Session(graph, target or Target.cpu(), taps=taps) for taps in groups]
     samples = 0
     for feeds in batches:
         samples += len(next(iter(feeds.values())))
