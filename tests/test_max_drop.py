@@ -17,7 +17,7 @@ from command_line import Run
 from encoder import encoder, token_batches
 from rich.console import Console
 from small import mlp
-from test_conformance import _needs_shared
+from test_conformance import SHARED, _needs_shared
 
 from splitfold.compiler import Budget, Search, Tolerance, Unmet, Unrealised, build, compile
 from splitfold.compiler.compiled import Compiled
@@ -196,9 +196,10 @@ def test_progress_is_drawn() -> None:
 
 
 @pytest.mark.slow
-def test_a_drop_is_kept_on_images_that_the_search_did_not_see() -> None:
+def test_a_drop_is_kept_on_images_that_the_search_did_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-20 in simulated bits: the search sees 500 images, 1,500 others judge."""
     _needs_shared("data/images/cifar10")
+    monkeypatch.setenv("SPLITFOLD_SHARED", str(SHARED))
     images, labels = data.cifar10("test_5k")
     order = np.random.default_rng(0).permutation(len(images))
     seen, unseen = (Images(images[part], labels[part]) for part in (order[:500], order[500:2000]))

@@ -158,7 +158,8 @@ def main() -> int:
         ("--models", {"type": Path, "help": "folder that trained models are kept in"}),
         ("--quick", {"action": "store_true", "help": "two steps, little data"}),
     )
-    report = Report(f"Trained {options.steps} steps, seeds {options.seeds}: mean (lowest to highest)")
+    steps = QUICK if options.quick else options.steps
+    report = Report(f"Trained {steps} steps, seeds {options.seeds}: mean (lowest to highest)")
     with tempfile.TemporaryDirectory() as name:
         folder = options.models or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
