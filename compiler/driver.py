@@ -17,6 +17,7 @@ from splitfold.compiler.debug.failure.blame import name_layer
 from splitfold.compiler.debug.reproduce.reproducer import REPRODUCERS, write_reproducer
 from splitfold.compiler.errors import EvaluationError
 from splitfold.compiler.manifest import build_manifest
+from splitfold.compiler.outlier_record import outlier_values
 from splitfold.compiler.plan_record import named_by_digest
 from splitfold.compiler.presets import PRESETS, mixed
 from splitfold.compiler.realisation import Unrealised
@@ -162,6 +163,7 @@ def _compiled(
     facts = _facts(job.source, job.target, job.source.calibration) | {"put_back": built.put_back} | metric
     if speed is not None and speed.changed:
         facts["too_slow"] = dict.fromkeys(speed.put_back, "float") | dict.fromkeys(speed.in_int8, "int8")
+    facts |= outlier_values(job.source.model, built.model, records, job.source.calibration, job.target)
     manifest = build_manifest(built.model, steps, records, built.realised, built.deviations, facts)
     return Compiled(
         built.model,

@@ -96,6 +96,7 @@ def finetune(
     """
     from splitfold.runtime.lift import lift, lower_weights
     from splitfold.runtime.training import loop
+    from splitfold.runtime.training.batches import fitting
     from splitfold.runtime.training.errors import TrainingError
     from splitfold.runtime.training.in_loop import put_in_loop
     from splitfold.runtime.training.on_grid import adamw, put_on_grid
@@ -111,7 +112,7 @@ def finetune(
     grids = put_in_loop(lifted, in_loop) if in_loop is not None else {}
     loop.train(
         lifted,
-        data,
+        fitting(data, result),
         loss,
         steps,
         optimizer=optimizer or adamw(rate),

@@ -28,7 +28,7 @@ __all__ = [
     "fake_weight",
     "set_fake_weight",
     "simulate_layer",
-    "simulate_product",
+    "simulate_operands",
     "simulated_bits",
     "weight_bits_stored",
 ]
@@ -183,10 +183,10 @@ def simulate_layer(layer: Layer, bits: LayerBits, inputs: FakeInputs, ranges: Ra
     _mark(layer.node, bits)
 
 
-def simulate_product(node: ir.Node, bits: int, inputs: FakeInputs) -> None:
-    """Let both operands of a MatMul of two activations pass their round trips. Call it in the order of
-    execution."""
-    for index in (0, 1):
+def simulate_operands(node: ir.Node, bits: int, inputs: FakeInputs, count: int = 2) -> None:
+    """Let the `count` first inputs of an operator between activations pass their round trips: both operands
+    of a product or an addition, what a norm reads. Call it in the order of execution."""
+    for index in range(count):
         inputs.set(node, index, bits)
     _mark(node, LayerBits(None, bits))
 

@@ -17,7 +17,7 @@ from splitfold.passes.fake_bits import (
     LayerBits,
     SeenGrids,
     simulate_layer,
-    simulate_product,
+    simulate_operands,
     simulated_bits,
     weight_bits_stored,
 )
@@ -32,6 +32,8 @@ from splitfold.passes.values import constant
 
 __all__ = ["SimulateQuantizationPass"]
 
+_READS = {"Add": 2, "LayerNormalization": 1, "RMSNormalization": 1}
+"""Operators of the residual stream, and how many of their first inputs are activations."""
 _OPSET = 11
 """From which on Clip reads its ends from inputs; QuantizeLinear is older."""
 
@@ -57,6 +59,9 @@ class SimulateQuantizationPass(LayerPass):
         weight_ranges: a weight's grid covers the channel's whole range, or the part of it that is searched
             for the least squared error.
         products: also quantize both operands of a MatMul of two activations, such as the two of attention.
+        residuals: also quantize what is added to activations and what norms read, so that the residual
+            stream passes grids too, as where every activation is kept in integers. What is added to the
+            scores of a softmax (a mask) stays in float.
 
     Before::
 
@@ -70,7 +75,8 @@ class SimulateQuantizationPass(LayerPass):
     name: ClassVar[str] = "simulate-quantization"
     contract: ClassVar[Contract] = Contract.LOSSY
     takes: ClassVar[str] = (
-        "MatMul, Gemm and Conv with a constant weight; with products=true MatMul of activations"
+        "MatMul, Gemm and Conv with a constant weight; with products=true MatMul of activations; with "
+        "residuals=true Add of activations, LayerNormalization and RMSNormalization"
     )
     weights: int | None = 8
     activations: int | None = 8
@@ -78,19 +84,22 @@ class SimulateQuantizationPass(LayerPass):
     percentile: float = 99.999
     weight_ranges: Ranges = Ranges.WHOLE
     products: bool = False
+    residuals: bool = False
 
     def __post_init__(self) -> None:
         bits = LayerBits(self.weights, self.activations)
         if bits == LayerBits(None, None):
             raise ValueError("weights and activations are both none: nothing would be simulated.")
-        if self.products and self.activations is None:
-            raise ValueError("products=true needs a width of the activations, which is none.")
+        for name, wanted in (("products", self.products), ("residuals", self.residuals)):
+            if wanted and self.activations is None:
+                raise ValueError(f"{name}=true needs a width of the activations, which is none.")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile is {self.percentile}; it is a share in percent, such as 99.99.")
 
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
         products = _products(model) if self.products else []
+        products += _residuals(model) if self.residuals else []
         layers = candidate_layers(
             self,
             model,
@@ -163,13 +172,14 @@ class SimulateQuantizationPass(LayerPass):
                 simulate_layer(site.layer, bits, inputs, self.weight_ranges)
                 findings.apply(site.name, f"{site.node.op_type} simulated as {bits}")
             elif self.activations is not None:
-                simulate_product(site.node, self.activations, inputs)
-                findings.apply(site.name, f"MatMul of activations simulated in {self.activations} bits")
+                simulate_operands(site.node, self.activations, inputs, len(site.operands))
+                what = "MatMul of activations" if site.node.op_type == "MatMul" else site.node.op_type
+                findings.apply(site.name, f"{what} simulated in {self.activations} bits")
 
 
 @dataclass(frozen=True)
 class _Site:
-    """What is simulated: a layer, or a product of two activations (no layer)."""
+    """What is simulated: a layer, or (no layer) an operator between activations: its first inputs."""
 
     node: ir.Node
     name: str
@@ -185,6 +195,22 @@ def _products(model: ir.Model) -> list[_Site]:
         if (node.domain, node.op_type) == ("", "MatMul") and len(operands) == 2:
             found.append(_Site(node, display_layer(node), operands))
     return found
+
+
+def _residuals(model: ir.Model) -> list[_Site]:
+    """Return the additions of activations and the norms of the main graph; nothing before a softmax."""
+    found = []
+    for node in model.graph:
+        if node.domain != "" or node.op_type not in _READS or _masks(node):
+            continue
+        operands = tuple(value for value in node.inputs[: _READS[node.op_type]] if value is not None)
+        if all(constant(value) is None for value in operands):
+            found.append(_Site(node, display_layer(node), operands))
+    return found
+
+
+def _masks(node: ir.Node) -> bool:
+    return any(use.node.op_type == "Softmax" for output in node.outputs for use in output.uses())
 
 
 def _skip_low_bit(model: ir.Model, context: Context, findings: Findings) -> None:

@@ -238,6 +238,10 @@ def test_bad_input_is_told() -> None:
     check("the loss is a scalar tensor, but the function gave float", run_loss=lambda outputs, batch: 1.0)
     check("does not depend on anything", run_loss=lambda outputs, batch: batch["x"].mean())
     check("lacks the input 'x'", run_data=[{"z": np.zeros(3, np.float32)}])
+    wrong = [*data(), {**data()[0], "x": np.zeros((2, 3), np.float32)}]
+    told = rf"batch {len(wrong)}: 'x' has shape \[2, 3\], the model expects"
+    check(told, run_data=wrong)
+    check(r"batch 1: 'x' has shape", run_data=lambda: iter(wrong[-1:]))
     check("gives no batch", run_data=[])
     used = iter(data(2))
     check("a second time", run_data=lambda: used)

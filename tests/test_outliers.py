@@ -12,14 +12,18 @@ import pytest
 from seeded import parse_graph
 from typer.testing import CliRunner
 
+from splitfold.compiler import compile
 from splitfold.compiler.cli.app import app
 from splitfold.compiler.debug.outliers.measurement import measure_outliers
 from splitfold.compiler.debug.outliers.picture import outliers_picture
 from splitfold.compiler.debug.outliers.statistics import AttentionShares, kurtosis
+from splitfold.compiler.debug.report.outliers import outlier_rows
 from splitfold.compiler.errors import ComparisonError
+from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import CalibrationError
 from splitfold.runtime.feeds import Array
 from splitfold.runtime.session import Session
+from splitfold.runtime.target import Target
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
 BLOCK = (
@@ -142,3 +146,38 @@ def test_a_fused_block_says_that_it_hides_its_probabilities() -> None:
     batch = {name: rng.standard_normal((1, 4, 6)).astype(np.float32) for name in "qkv"}
     found = measure_outliers(ir.from_proto(parse_graph(text)), [batch])
     assert found.unseen == (("fused", "Attention keeps its probabilities to itself"),)
+
+
+def test_a_substitution_is_recorded_with_what_it_did_to_outliers() -> None:
+    """The manifest holds what the analysis finds on the first two batches, of both models."""
+    data = [feeds(0), feeds(1), feeds(2)]
+    made = compile(model(), pipeline="canonicalize,clip-softmax{gamma=-0.3}", calibration=data, speed=None)
+    found = made.manifest["outliers"]
+    for word, graph in (("before", model()), ("after", made.model)):
+        again = measure_outliers(graph, data[:2])
+        assert found[word]["samples"] == 4
+        assert found[word]["infinity_norm"] == pytest.approx(again.infinity_norm, rel=1e-3)
+        assert found[word]["kurtosis"] == pytest.approx(again.kurtosis, rel=1e-3)
+        assert found[word]["zeros"] == pytest.approx(again.attention[0].zeros, abs=1e-3)
+    assert found["before"]["zeros"] == 0 < found["after"]["zeros"]
+    assert "outliers" not in compile(model(), pipeline="canonicalize", calibration=data).manifest
+    without = compile(model(), pipeline="canonicalize,clip-softmax{gamma=-0.3}", speed=None)
+    assert "outliers" not in without.manifest
+
+
+def test_a_report_shows_the_outliers_of_both_models() -> None:
+    data = [feeds(0), feeds(1)]
+    made = compile(model(), pipeline="canonicalize,clip-softmax{gamma=-0.3}", calibration=data, speed=None)
+    missing: dict[str, list[str]] = {}
+    layers, blocks = outlier_rows(model(), made.model, Calibration.of(data), Target.cpu(), missing)
+    was, now = measure_outliers(model(), data), measure_outliers(made.model, data)
+    assert not missing
+    assert layers[0].norm_before == was.infinity_norm
+    assert {row.layer: row.norm_after for row in layers}["norm"] == now.by_layer()["norm"].infinity_norm
+    assert [(it.layer, it.zeros_before, it.zeros_after) for it in blocks] == [
+        ("attention", 0.0, now.attention[0].zeros)
+    ]
+    assert outlier_rows(model(), model(), None, Target.cpu(), missing) == ((), ())
+    broken = Calibration.of([{"x": np.zeros((1, 4, 6), np.float32)}])
+    assert outlier_rows(model(), model(), broken, Target.cpu(), missing) == ((), ())
+    assert list(missing.values()) == [["outliers"]]

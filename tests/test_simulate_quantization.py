@@ -246,6 +246,40 @@ def test_products_are_named_and_can_be_excluded() -> None:
         simulated(model_of(ATTENTION), "only=[scores]", feeds_of(model))
 
 
+RESIDUAL = """
+net (float[2,16] x, float[2,16] mask) => (float[2,16] y)
+<float[16,16] W = seeded, float[16] scale = seeded, float[16] bias = seeded>
+{
+  [layer] h = MatMul(x, W)
+  [residual] r = Add(h, x)
+  [norm] n = LayerNormalization(r, scale, bias)
+  [shift] moved = Add(n, bias)
+  [masked] scores = Add(moved, mask)
+  [softmax] y = Softmax(scores)
+}
+"""
+
+
+def test_the_residual_stream_passes_grids_and_a_mask_does_not() -> None:
+    model = model_of(RESIDUAL)
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((2, 16)).astype(np.float32) for name in ("x", "mask")}
+    params = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}  # type: ignore[union-attr]
+    seen = Session(model).run(feeds, ["h", "r"])
+    record = simulated(model, "weights=none,activations=4,residuals=true", feeds)
+    assert [layer for layer, _ in record.applied] == ["layer", "residual", "norm"]
+
+    def ends(values: Array, like: Array) -> Array:
+        return round_trip(values, like.min(), like.max(), 4)
+
+    x = ends(feeds["x"], feeds["x"])
+    r = ends(ends(x @ params["W"], seen["h"]) + x, seen["r"])
+    normed = (r - r.mean(-1, keepdims=True)) / np.sqrt(r.var(-1, keepdims=True) + 1e-5)
+    scores = normed * params["scale"] + 2 * params["bias"] + feeds["mask"]
+    wanted = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(Session(model).run(feeds)["y"], wanted, atol=1e-5)
+
+
 def test_layers_quantized_for_real_are_left_alone() -> None:
     model = model_of(PERCEPTRON)
     feeds = feeds_of(model)
@@ -267,6 +301,7 @@ def test_widths_in_text() -> None:
         ("activations=1", "activations is 1; it may be 2 to 8, or none"),
         ("weights=none,activations=none", "nothing would be simulated"),
         ("activations=none,products=true", "products=true needs a width"),
+        ("activations=none,residuals=true", "residuals=true needs a width"),
         ("weights=four", "weights=four is not"),
     ):
         with pytest.raises(SpecError, match=words):

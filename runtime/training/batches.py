@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from splitfold.runtime.feeds import check_feeds, model_inputs
 from splitfold.runtime.lift.dtypes import array_tensor
 from splitfold.runtime.training.errors import TrainingError
 
-__all__ = ["Batch", "Data", "Place", "walk"]
+__all__ = ["Batch", "Data", "Place", "fitting", "walk"]
 
 Batch: TypeAlias = Mapping[str, Any]
 """The model's inputs, and what else the loss needs, numpy arrays or tensors by name."""
@@ -28,6 +30,31 @@ class Place:
 
     epoch: int = 0
     position: int = 0
+
+
+def fitting(data: Data, model: ir.Model) -> Data:
+    """Return the same data, each batch checked against the inputs of `model`: a list at once, what a function
+    returns as it is read.
+
+    Raises:
+        TrainingError: an input has another rank, size or dtype than the model's, or holds NaN; the message
+            says which batch.
+    """
+    if callable(data):
+        return lambda: (_fit(batch, model, number) for number, batch in enumerate(data(), 1))
+    if isinstance(data, Sequence):
+        return [_fit(batch, model, number) for number, batch in enumerate(data, 1)]
+    return data
+
+
+def _fit(batch: Batch, model: ir.Model, number: int) -> Batch:
+    inputs = [value.name or "" for value in model_inputs(model)]
+    if isinstance(batch, Mapping) and all(name in batch for name in inputs):
+        try:
+            check_feeds(model, {name: np.asarray(batch[name]) for name in inputs}, where=f"batch {number}")
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+    return batch
 
 
 def walk(data: Data, seed: int, start: Place) -> Iterator[tuple[Place, dict[str, Tensor]]]:

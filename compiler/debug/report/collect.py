@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,14 +28,15 @@ from splitfold.compiler.debug.report.formatting import decibels
 from splitfold.compiler.debug.report.layers import layer_rows, named_layers
 from splitfold.compiler.debug.report.neighbourhood import graph_json
 from splitfold.compiler.debug.report.operators import operator_rows
+from splitfold.compiler.debug.report.outliers import outlier_rows
 from splitfold.compiler.debug.report.side import Side, make_side
 from splitfold.compiler.debug.report.steps import deviation_from, output_row, pass_rows
 from splitfold.compiler.inspection import constant_bytes
+from splitfold.compiler.outlier_record import first_batches
 from splitfold.passes.base import Contract
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.compare import Deviation
 from splitfold.runtime.errors import SplitfoldError
-from splitfold.runtime.feeds import Feeds
 from splitfold.runtime.session import optimized_graph
 
 __all__ = ["collect"]
@@ -58,6 +58,7 @@ def collect(compiled: Compiled) -> ReportData:
     layers = layer_rows(before, after, compiled.records, compiled.manifest, found)
     index = {row.name: number for number, row in enumerate(layers)}
     verdict, words = _verdict(compiled.manifest)
+    outliers, attention = outlier_rows(before.model, after.model, data, compiled.target, missing)
     return ReportData(
         title=_title(compiled),
         pipeline=str(compiled.manifest["pipeline"]),
@@ -76,6 +77,8 @@ def collect(compiled: Compiled) -> ReportData:
         drift=_points(found, index),
         drift_facts=_facts(found),
         distributions=_distributions(layers, index, before, after, compiled, data, found),
+        outliers=outliers,
+        attention=attention,
         operators=operator_rows(before, after, compiled.target),
         graph=graph_json(before, after, [row.name for row in layers]),
         environment=environment_rows(compiled.manifest, compiled.target),
@@ -108,11 +111,7 @@ def _data(compiled: Compiled) -> Calibration | None:
     data = source.calibration
     if data is None:
         return Calibration.of([source.feeds])
-
-    def first() -> Iterator[Feeds]:
-        return itertools.islice(iter(data), _BATCHES)
-
-    return Calibration(first)
+    return first_batches(data, _BATCHES)
 
 
 def _drift(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "AttentionRow",
     "Distribution",
     "DriftFacts",
     "DriftPoint",
@@ -22,6 +23,7 @@ __all__ = [
     "Held",
     "LayerRow",
     "OperatorRow",
+    "OutlierRow",
     "OutputRow",
     "PassRow",
     "Precision",
@@ -254,6 +256,36 @@ class OperatorRow:
 
 
 @dataclass(frozen=True)
+class OutlierRow:
+    """Activations of one layer, (before, after); None where the compiled model shows none of them as floats.
+
+    Attributes:
+        layer: its name.
+        what: which of its values.
+        norm_before, norm_after: mean over samples of the largest magnitude.
+        kurtosis_before, kurtosis_after: mean over samples; 3 for a normal distribution.
+    """
+
+    layer: str
+    what: str
+    norm_before: float
+    norm_after: float | None
+    kurtosis_before: float
+    kurtosis_after: float | None
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """Where one attention block looks, as shares from 0 to 1; None where a model hides it, as when fused."""
+
+    layer: str
+    first_before: float | None
+    first_after: float | None
+    zeros_before: float | None
+    zeros_after: float | None
+
+
+@dataclass(frozen=True)
 class ReportData:
     """All that a report says.
 
@@ -273,6 +305,8 @@ class ReportData:
         drift: in the order of the original model; `drift_facts` says what it was measured over, None where it
             was not.
         distributions: of the layers that lose most.
+        outliers: layers of largest activations, the largest first.
+        attention: blocks in the order of the original model.
         graph: nodes, edges and drawings for the viewer; see `neighbourhood`.
         environment, digests: (name, value).
         missing: what the report lacks, and why.
@@ -295,6 +329,8 @@ class ReportData:
     drift: tuple[DriftPoint, ...]
     drift_facts: DriftFacts | None
     distributions: tuple[Distribution, ...]
+    outliers: tuple[OutlierRow, ...]
+    attention: tuple[AttentionRow, ...]
     operators: tuple[OperatorRow, ...]
     graph: Mapping[str, Any]
     environment: tuple[tuple[str, str], ...]

@@ -49,6 +49,7 @@ class Page:
             ("passes", "Passes", True),
             ("drift", "Drift", bool(self.report.drift)),
             ("grids", "Grids", bool(self.report.distributions)),
+            ("outliers", "Outliers", bool(self.report.outliers or self.report.attention)),
             ("layers", "Layers", True),
             ("operators", "Operators", True),
             ("environment", "Environment", True),
@@ -66,6 +67,10 @@ class Page:
         """Bytes after in percent of those before, 100 at most."""
         before, after = self.report.size
         return round(min(100.0, 100 * after / before), 2) if before else 100.0
+
+    def share(self, value: float | None) -> str:
+        """Return a share in percent, or a dash."""
+        return "–" if value is None else f"{100 * value:.1f} %"
 
     def width(self, size: int) -> float:
         """Return bytes in percent of the larger model."""
