@@ -24,7 +24,7 @@ from splitfold.examples.benchmarks.blame import (
     named,
 )
 from splitfold.examples.benchmarks.minilm import Encoder, capture
-from splitfold.examples.benchmarks.peers import ort_static, ort_static_default
+from splitfold.examples.benchmarks.ort_quantizers import ort_static, ort_static_default
 
 _TEXTS = (
     "A plane is taking off.",

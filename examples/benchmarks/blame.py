@@ -21,7 +21,7 @@ from splitfold.compiler.debug.drift.measurement import Drift, drift
 from splitfold.examples.benchmarks import data
 from splitfold.examples.benchmarks.data import Feeds
 from splitfold.examples.benchmarks.minilm import Encoder, capture
-from splitfold.examples.benchmarks.peers import ort_static, ort_static_default
+from splitfold.examples.benchmarks.ort_quantizers import ort_static, ort_static_default
 from splitfold.examples.benchmarks.report import Report, arguments, say
 from splitfold.passes.base import Findings
 from splitfold.passes.canonicalize import name_all

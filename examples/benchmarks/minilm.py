@@ -25,7 +25,7 @@ from splitfold.compiler import Artifact, compile, presets
 from splitfold.compiler.capture import capture_torch
 from splitfold.examples.benchmarks import data
 from splitfold.examples.benchmarks.data import Feeds, Floats, Pairs
-from splitfold.examples.benchmarks.peers import ort_dynamic, ort_static
+from splitfold.examples.benchmarks.ort_quantizers import ort_dynamic, ort_static
 from splitfold.examples.benchmarks.report import (
     Report,
     arguments,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from splitfold.compiler import compile, presets
 from splitfold.examples.benchmarks import data
 from splitfold.examples.benchmarks.data import Feeds, Floats
-from splitfold.examples.benchmarks.peers import ort_static
+from splitfold.examples.benchmarks.ort_quantizers import ort_static
 from splitfold.examples.benchmarks.report import (
     Report,
     arguments,

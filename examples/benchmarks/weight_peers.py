@@ -15,14 +15,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from splitfold.compiler import Tolerance, compile
+from splitfold.examples.benchmarks.data import Feeds
 from splitfold.examples.benchmarks.report import Report, arguments, open_bare, say, threads
 from splitfold.examples.benchmarks.weight_bits import stored_bits
 from splitfold.examples.benchmarks.weight_subjects import BitFormat, Subject, char_gpt, minilm, stories
@@ -41,6 +42,22 @@ SEARCHES = ("fold-scales", "quantize-weights")
 AWQ = "awq scales and clip"
 WEIGHTS = "quantize-weights{{method={method},bits={bits},block={block},symmetric={symmetric}}}"
 SCALES = "fold-scales{{method=awq,bits={bits},block={block},symmetric={symmetric}}},"
+
+
+class Calibrated(Protocol):
+    """A model with calibration data; `model` is its file."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+
+    @property
+    def model(self) -> Path:
+        """Its float file."""
+
+    @property
+    def calibration(self) -> Callable[[int], Sequence[Feeds]]:
+        """Returns the batches of a seed."""
 
 
 class PeerError(Exception):
@@ -179,7 +196,7 @@ class Environment:
                 raise PeerError(f"not installed: {lines[0]}")
         done.write_text(wanted, encoding="utf-8")
 
-    def calibration(self, subject: Subject, seed: int) -> Path:
+    def calibration(self, subject: Calibrated, seed: int) -> Path:
         """The folder of the batches of `seed`, one .npz file each."""
         key = (subject.name, seed)
         if key not in self.calibrated:
@@ -192,7 +209,7 @@ class Environment:
             self.calibrated[key] = place
         return self.calibrated[key]
 
-    def call(self, peer: Peer, subject: Subject, form: BitFormat, seed: int) -> tuple[Path, float, float]:
+    def call(self, peer: Peer, subject: Calibrated, form: BitFormat, seed: int) -> tuple[Path, float, float]:
         """Return the file that `peer` writes, and the seconds and processor seconds that it took.
 
         Raises:
