@@ -230,7 +230,7 @@ class Environment:
         file.write_text(json.dumps(job), encoding="utf-8")
         command = [str(self.python), str(self.worker), str(file)]
         try:
-            made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+            made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd=self.folder)
         except subprocess.TimeoutExpired:
             raise PeerError(f"gave no result within {LIMIT} s") from None
         if made.returncode:
