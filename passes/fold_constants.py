@@ -17,7 +17,7 @@ from splitfold.runtime.errors import SessionError
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
-__all__ = ["fold_constants"]
+__all__ = ["evaluate", "fold_constants", "replace_by_constants"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,13 @@ def fold_constants(model: ir.Model, findings: Findings | None = None) -> int:
     recorded in `findings`.
     """
     nodes = _foldable(model.graph)
-    results = _evaluate(model, nodes) if nodes else {}
+    results = evaluate(model, nodes) if nodes else {}
     obstacles = {node: _obstacle(node, results) for node in nodes}
     accepted = {node for node, obstacle in obstacles.items() if obstacle is None}
     for node, obstacle in obstacles.items():
         if obstacle is not None and findings is not None:
             findings.miss(display_layer(node), _PATTERN, f"{node.op_type}: {obstacle}")
-    _replace(model.graph, accepted, results)
+    replace_by_constants(model.graph, accepted, results)
     return len(accepted)
 
 
@@ -72,8 +72,9 @@ def _may_fold(node: ir.Node) -> bool:
     return not any(output.is_graph_output() for output in node.outputs) and bool(node.outputs)
 
 
-def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
-    """Return all outputs of `nodes` by name; where they do not run together, of those that run alone."""
+def evaluate(model: ir.Model, nodes: list[ir.Node]) -> dict[str, np.ndarray]:
+    """Return all outputs of `nodes`, of the main graph, by name, as the runtime computes them from constants
+    and from each other; where they do not run together, of those that run alone."""
     try:
         return _run(model, nodes)
     except SessionError as error:
@@ -144,7 +145,9 @@ def _obstacle(node: ir.Node, results: dict[str, np.ndarray]) -> str | None:
     return f"its result has {made} bytes, more than what it is made from: the file would grow"
 
 
-def _replace(graph: ir.Graph, accepted: set[ir.Node], results: dict[str, np.ndarray]) -> None:
+def replace_by_constants(graph: ir.Graph, accepted: set[ir.Node], results: dict[str, np.ndarray]) -> None:
+    """Remove the nodes `accepted`, and let initializers hold what they computed, as `results` says by
+    name."""
     for node in [node for node in graph if node in accepted]:
         for output in node.outputs:
             if output.uses():

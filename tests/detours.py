@@ -4,19 +4,25 @@ targets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["with_detours"]
+__all__ = ["Made", "Make", "constant_of", "detour", "node_of", "with_detours"]
 
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def with_detours(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
-    """Return a copy with two in three of its values going a detour before they are read: a multiplication by
-    a number, Transposes that undo each other (one in two with axes joined), a Reshape to its own shape, or a
-    masked softmax with a guard. Shapes stay."""
+Made = tuple[list[onnx.NodeProto], list[onnx.TensorProto], str]
+"""Nodes and constants of a detour, and the name of its end."""
+Make = Callable[[np.random.Generator, str, int], Made]
+"""Makes the detour of a value of a name and rank."""
+
+
+def with_detours(model: onnx.ModelProto, seed: int, make: Make) -> onnx.ModelProto:
+    """Return a copy with two in three of its values going a detour before they are read. Shapes stay."""
     rng = np.random.default_rng(seed)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -30,7 +36,7 @@ def with_detours(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
         nodes.append(node)
         for value in node.output:
             if value in ranks and rng.random() < 0.67:
-                made, constants, end = _detour(rng, value, ranks[value])
+                made, constants, end = make(rng, value, ranks[value])
                 nodes += made
                 graph.initializer.extend(constants)
                 renamed[value] = end
@@ -53,10 +59,9 @@ def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     return {value: known[value] for value in made if known.get(value, 0) > 1}
 
 
-Made = tuple[list[onnx.NodeProto], list[onnx.TensorProto], str]
-
-
-def _detour(rng: np.random.Generator, value: str, rank: int) -> Made:
+def detour(rng: np.random.Generator, value: str, rank: int) -> Made:
+    """Return a multiplication by a number, Transposes that undo each other (one in two with axes joined), a
+    Reshape to its own shape, or a masked softmax with a guard."""
     kind = int(rng.integers(4))
     if kind == 0:
         return _factor(rng, value)
@@ -66,16 +71,22 @@ def _detour(rng: np.random.Generator, value: str, rank: int) -> Made:
 
 
 def _node(op: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
-    return helper.make_node(op, inputs, [output], name=f"{output}_node", **attributes)
+    return node_of(op, inputs, [output], **attributes)
 
 
-def _constant(name: str, array: object, dtype: type = np.float32) -> onnx.TensorProto:
+def node_of(op: str, inputs: list[str], outputs: list[str], **attributes: object) -> onnx.NodeProto:
+    """Return a node, named after its first output."""
+    return helper.make_node(op, inputs, outputs, name=f"{outputs[0]}_node", **attributes)
+
+
+def constant_of(name: str, array: object, dtype: type = np.float32) -> onnx.TensorProto:
+    """Return an initializer."""
     return numpy_helper.from_array(np.array(array, dtype), name)
 
 
 def _factor(rng: np.random.Generator, value: str) -> Made:
     op = str(rng.choice(["Mul", "Div"]))
-    number = _constant(f"{value}_number", rng.uniform(0.3, 3))
+    number = constant_of(f"{value}_number", rng.uniform(0.3, 3))
     return [_node(op, [value, number.name], f"{value}_times")], [number], f"{value}_times"
 
 
@@ -93,8 +104,8 @@ def _reshape(value: str) -> Made:
 
 def _guard(value: str) -> Made:
     """softmax(value + mask), where the mask hides nothing."""
-    low, zero = _constant(f"{value}_low", _LOWEST), _constant(f"{value}_zero", 0)
-    yes = _constant(f"{value}_yes", True, np.bool_)
+    low, zero = constant_of(f"{value}_low", _LOWEST), constant_of(f"{value}_zero", 0)
+    yes = constant_of(f"{value}_yes", True, np.bool_)
     nodes = [
         _node("Where", [yes.name, zero.name, low.name], f"{value}_mask"),
         _node("Add", [value, f"{value}_mask"], f"{value}_masked"),
