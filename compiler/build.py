@@ -29,6 +29,7 @@ from splitfold.passes.pipeline import Observer, PassRecord, Pipeline
 from splitfold.runtime.compare import Deviation, first_non_finite
 from splitfold.runtime.errors import SessionError
 from splitfold.runtime.feeds import Array
+from splitfold.runtime.placement import Placement
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
@@ -71,6 +72,7 @@ class Built:
         steps: the pipeline that really ran, exclusions included.
         put_back: kernel by layer of those that went back to float.
         deviations: of each output, as deployed, from the reference.
+        placement: which provider runs what, as deployed; None where only the CPU provider does.
     """
 
     model: ir.Model
@@ -79,12 +81,13 @@ class Built:
     steps: Pipeline
     put_back: Mapping[str, str]
     deviations: Mapping[str, Deviation]
+    placement: Placement | None = None
 
 
-def complete(pipeline: Pipeline | str | None) -> Pipeline:
+def complete(pipeline: Pipeline | str | None, target: Target | None = None) -> Pipeline:
     """Return the pipeline that `compile` runs for this one: canonical form before and legalization after it,
-    where they lack."""
-    steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline or int8()
+    where they lack; the preset int8 of `target` for none."""
+    steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline or int8(target)
     if not steps.steps or not isinstance(steps.steps[0], CanonicalizePass):
         steps = Pipeline.of(CanonicalizePass()) + steps
     if not isinstance(steps.steps[-1], LegalizePass):
@@ -115,6 +118,7 @@ class _Build:
         source = self.job.source
         self.context = Context(self.job.target, source.calibration)
         self.reference: Mapping[str, Any] = {}
+        self.placement: Placement | None = None
         if source.unverified:
             logger.warning("the result is not verified: %s", source.unverified)
         else:
@@ -130,7 +134,8 @@ class _Build:
             if not missing or self.job.unrealised is Unrealised.KEEP:
                 _warn_idle(records)
                 deviations = self._verify(steps, model, records)
-                return Built(model, records, realised, steps, put_back, deviations)
+                _warn_left(self.placement)
+                return Built(model, records, realised, steps, put_back, deviations, self.placement)
             if self.job.unrealised is Unrealised.ERROR:
                 raise _unrealised(steps, missing)
             logger.info(
@@ -186,7 +191,9 @@ class _Build:
 
     def _run_deployed(self, steps: Pipeline, model: ir.Model) -> dict[str, Array]:
         try:
-            return Session(model, self.job.target).run(self.job.source.feeds)
+            session = Session(model, self.job.target)
+            self.placement = session.placement
+            return session.run(self.job.source.feeds)
         except SessionError as error:
             raise self._not_deployed(steps, error) from error
 
@@ -259,6 +266,11 @@ def _warn_idle(records: Sequence[PassRecord]) -> None:
     lossy = [record for record in records if record.contract == Contract.LOSSY.value]
     if lossy and not any(record.applied for record in lossy):
         logger.warning("nothing was quantized: every candidate was skipped, see the records for the reasons")
+
+
+def _warn_left(placement: Placement | None) -> None:
+    if placement is not None and placement.left:
+        logger.warning("%s; the first is %s", placement, placement.left[0])
 
 
 def _blame(records: Sequence[PassRecord]) -> str:

@@ -16,10 +16,10 @@ from splitfold.compiler.compiled import Compiled
 from splitfold.compiler.debug.failure.blame import name_layer
 from splitfold.compiler.debug.reproduce.reproducer import REPRODUCERS, write_reproducer
 from splitfold.compiler.errors import EvaluationError
-from splitfold.compiler.manifest import build_manifest
+from splitfold.compiler.manifest import build_manifest, installed_version
 from splitfold.compiler.outlier_record import outlier_values
 from splitfold.compiler.plan_record import named_by_digest
-from splitfold.compiler.presets import PRESETS, mixed
+from splitfold.compiler.presets import PRESETS, mixed, preset
 from splitfold.compiler.realisation import Unrealised
 from splitfold.compiler.search.compiling import searched_job, settled
 from splitfold.compiler.search.evaluation import Subject, evaluate_all
@@ -36,6 +36,8 @@ from splitfold.passes.pipeline import Observer, Pipeline
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.digest import content_digest, feeds_digest
 from splitfold.runtime.model_file import weight_bytes
+from splitfold.runtime.openvino import PACKAGE
+from splitfold.runtime.session import usable
 from splitfold.runtime.target import Target
 
 __all__ = ["SPEED_CHECK", "Evaluate", "compile", "complete"]
@@ -68,8 +70,8 @@ def compile(
             folder, `onnx.ModelProto` or `onnx_ir.Model`. It is not changed.
         example_inputs: tuple, dict by input name, or ``(tuple, dict)``; needed for torch modules, else
             calibration's first batch or seeded synthetic inputs serve. The outputs are compared on them.
-        pipeline: passes, or their text form; default `presets.int8()`. Canonical form before and legalization
-            after it are added where they lack.
+        pipeline: passes, or their text form; default the preset int8 of `target`. Canonical form before and
+            legalization after it are added where they lack.
         target: where the artifact runs; default ONNX Runtime's CPU provider.
         calibration: representative inputs: re-iterable of feeds, generator function, DataLoader, ``.npz``
             path or folder.
@@ -98,14 +100,15 @@ def compile(
         PassFailedError: a pass failed or broke its promise.
         VerificationError: the result is out of tolerance, gives NaN or infinity, or does not run as deployed.
         OriginalFailedError: the model that was given does not run on the inputs.
+        ProviderError: the target's provider cannot be used here.
         EvaluationError: `evaluate` raised, returned NaN, or something that is no score.
         BudgetError: the result costs too much, or no plan keeps `max_drop` and `search` makes that an error.
     """
-    place, spent = target or Target.cpu(), budget or Budget()
+    place, spent = usable(target or Target.cpu()), budget or Budget()
     source = load_source(model, example_inputs, dynamic_shapes, calibration, place)
     failures = None if reproducers is None else Path(reproducers)
     if spent.max_drop is None:
-        job = Job(source, complete(pipeline), place, tolerance or Tolerance(), unrealised)
+        job = Job(source, complete(pipeline, place), place, tolerance or Tolerance(), unrealised)
         built, found = _timed(job, _build(job, observers, failures), speed, observers, failures)
         return _compiled(job, built, spent, _metric(evaluate, source.model, built.model, job), speed=found)
     if evaluate is None:
@@ -136,7 +139,7 @@ def _timed(
         return built, None
     if not kept and check.if_slower is IfSlower.KEEP:
         kept = "It stays as it is, as was asked."
-    if not kept and check.if_slower is IfSlower.PRESET and not _is_preset(job.steps):
+    if not kept and check.if_slower is IfSlower.PRESET and not _is_preset(job.steps, job.target):
         kept = "It stays as it is: the pipeline is your own (if_slower=repair changes it)."
 
     def rebuild(steps: Pipeline) -> Built:
@@ -145,8 +148,9 @@ def _timed(
     return check_speed(job, built, check, rebuild, kept=kept)
 
 
-def _is_preset(steps: Pipeline) -> bool:
-    return any(steps == complete(make()) for make in (*PRESETS.values(), mixed))
+def _is_preset(steps: Pipeline, target: Target) -> bool:
+    made = (preset(name, place) for name in PRESETS for place in (None, target))
+    return any(steps == complete(pipeline) for pipeline in (*made, mixed()))
 
 
 def _compiled(
@@ -161,6 +165,8 @@ def _compiled(
     budget.check(weight_bytes(built.model))
     steps, records = named_by_digest(built.steps, built.records)
     facts = _facts(job.source, job.target, job.source.calibration) | {"put_back": built.put_back} | metric
+    if built.placement is not None:
+        facts["placement"] = built.placement.values() | {"version": installed_version(PACKAGE)}
     if speed is not None and speed.changed:
         facts["too_slow"] = dict.fromkeys(speed.put_back, "float") | dict.fromkeys(speed.in_int8, "int8")
     facts |= outlier_values(job.source.model, built.model, records, job.source.calibration, job.target)
@@ -190,6 +196,7 @@ def _build(job: Job, observers: Sequence[Observer], reproducers: Path | None) ->
 def _facts(source: Source, target: Target, calibration: Calibration | None) -> dict[str, Any]:
     return {
         "target": target.name,
+        "session": target.options.values(),
         "source": content_digest(source.model),
         "calibration": None if calibration is None else calibration.digest(),
         "feeds": feeds_digest(source.feeds),

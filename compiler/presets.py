@@ -24,6 +24,7 @@ from splitfold.passes.simplify_reshapes import SimplifyReshapesPass
 from splitfold.passes.static_int8 import StaticForm
 from splitfold.passes.unfuse_norms import UnfuseNormsPass
 from splitfold.runtime.errors import did_you_mean
+from splitfold.runtime.target import Carrier, Target
 
 __all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "low_bit", "mixed", "preset"]
 
@@ -51,16 +52,23 @@ def exact() -> Pipeline:
     return Pipeline.of(*_simplified(), FuseAttentionPass())
 
 
-def int8() -> Pipeline:
+def int8(target: Target | None = None) -> Pipeline:
     """Return static int8 where a layer's own error allows it, dynamic int8 for the linear layers it does not,
     float for the rest.
 
     Needs calibration data. Embedding tables are held in int8.
+
+    Args:
+        target: where it is to run; default the CPU provider. On one that has no dynamic int8 the bound of
+            dynamic int8 is that of static int8; on one without MatMulIntegerToFloat it is written as Q/DQ.
     """
+    place = target or Target.cpu()
+    bound = _STATIC_SQNR if place.carries(Carrier.DYNAMIC_INT8) else _DYNAMIC_SQNR
+    form = StaticForm.INTEGER if place.carries(Carrier.INTEGER_MATMUL) else StaticForm.QDQ
     return Pipeline.of(
         *_simplified(),
         FoldScalesPass(),
-        QuantizeActivationsPass(min_sqnr=_STATIC_SQNR, form=StaticForm.INTEGER),
+        QuantizeActivationsPass(min_sqnr=bound, form=form),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
         QuantizeEmbeddingsPass(),
         FuseAttentionPass(),
@@ -127,12 +135,17 @@ PRESETS: Mapping[str, Callable[[], Pipeline]] = {
 }
 
 
-def preset(name: str) -> Pipeline:
-    """Return the pipeline of the preset of this name.
+_BY_TARGET: Mapping[str, Callable[[Target], Pipeline]] = {"int8": int8}
+
+
+def preset(name: str, target: Target | None = None) -> Pipeline:
+    """Return the pipeline of the preset of this name, as it is for `target`; default the CPU provider.
 
     Raises:
         SpecError: there is none.
     """
     if name not in PRESETS:
         raise SpecError(f"unknown preset '{name}'.{did_you_mean(name, PRESETS)} Known: {', '.join(PRESETS)}.")
+    if target is not None and name in _BY_TARGET:
+        return _BY_TARGET[name](target)
     return PRESETS[name]()

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from splitfold.passes.joined_weights import joined_weights
 from splitfold.passes.pipeline import PassRecord
-from splitfold.runtime.session import optimized_graph
+from splitfold.runtime.placement import Placement
+from splitfold.runtime.session import Session, optimized_graph
 from splitfold.runtime.target import Target
 
 __all__ = ["Realisation", "Unrealised", "read_realisation"]
@@ -34,8 +36,10 @@ class Realisation:
 
     Attributes:
         layer: user-facing name.
-        kernel: operator of the runtime's optimised graph that reads the low-bit weight.
-        realised: whether that operator computes in low precision.
+        kernel: operator of the runtime's optimised graph that reads the low-bit weight; the provider's name
+            where it compiles the graph, whose kernels nobody sees.
+        realised: whether that operator computes in low precision; of a provider that compiles, whether it was
+            given the layer.
     """
 
     layer: str
@@ -49,11 +53,17 @@ def read_realisation(model: ir.Model, records: Iterable[PassRecord], target: Tar
     Raises:
         SessionError: the runtime refuses the model.
     """
+    joined = joined_weights(model)
     carried = [
-        (layer, weight) for record in records for layer, names in record.carried.items() for weight in names
+        (layer, joined.get(weight, weight))
+        for record in records
+        for layer, names in record.carried.items()
+        for weight in names
     ]
     if not carried:
         return []
+    if target.compiles:
+        return _placed(model, carried, Session(model, target).placement)
     optimized = optimized_graph(model, target)
     readers, unpacked = _readers(optimized), _unpacked(model)
     outputs = _outputs_by_weight(model)
@@ -64,6 +74,22 @@ def read_realisation(model: ir.Model, records: Iterable[PassRecord], target: Tar
         kernel = read or _by_output(producers, outputs.get(weight, ()))
         low_bit = kernel in target.low_bit_kernels or (kernel == "Gather" and _is_integer(model, weight))
         found.append(Realisation(layer, kernel, low_bit))
+    return found
+
+
+def _placed(
+    model: ir.Model, carried: Iterable[tuple[str, str]], placement: Placement | None
+) -> list[Realisation]:
+    """Return, by layer, whether the provider that compiles runs it: what another one runs is not realised."""
+    left = {node.name: node.operator for node in placement.left} if placement is not None else {}
+    outputs = _outputs_by_weight(model)
+    names = {value.name: node.name for graph in model.graphs() for node in graph for value in node.outputs}
+    found = []
+    for layer, weight in carried:
+        nodes = [names.get(output) for output in outputs.get(weight, ())]
+        away = next((left[name] for name in nodes if name in left), None)
+        kernel = "OpenVINO" if away is None else f"{away} on the CPU provider"
+        found.append(Realisation(layer, kernel, away is None))
     return found
 
 

@@ -22,6 +22,8 @@ from splitfold.runtime.artifact import Artifact, read_manifest
 from splitfold.runtime.digest import content_digest
 from splitfold.runtime.errors import ArtifactError
 from splitfold.runtime.model_file import file_digest, model_path, read_model
+from splitfold.runtime.offline import OFFLINE_KEY
+from splitfold.runtime.options import SessionOptions
 from splitfold.runtime.target import Target
 
 __all__ = ["Replay", "replay"]
@@ -85,7 +87,9 @@ def replay(
         compile,
         model,
         example_inputs,
-        target=Target.named(str(manifest["target"])),
+        target=Target.named(str(manifest["target"])).with_options(
+            SessionOptions.of(manifest.get("session", {}))
+        ),
         calibration=calibration,
         dynamic_shapes=dynamic_shapes,
         tolerance=Tolerance(cosine=None),
@@ -102,8 +106,12 @@ def replay(
             built = again(pipeline=with_recorded_plans(manifest, steps, Path(folder)))
     carried = {key: manifest[key] for key in _CARRIED_OVER if key in manifest}
     built = dataclasses.replace(built, manifest={**built.manifest, **carried})
-    same = content_digest(read_model(model_path(place))) == content_digest(built.model)
-    files = _same_files(place, built) if same else False
+    offline = manifest.get(OFFLINE_KEY)
+    if offline is not None:
+        warnings.append("it was optimised offline by the runtime: the graph before that is compared")
+    was = offline["graph"] if offline is not None else content_digest(read_model(model_path(place)))
+    same = was == content_digest(built.model)
+    files = _same_files(place, built) if same and offline is None else False
     return Replay(built, same, files, (*warnings, *_fact_warnings(manifest, built.manifest)))
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from splitfold.passes.ranges import BINS, ActivationStats
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import CalibrationError
-from splitfold.runtime.feeds import Array
+from splitfold.runtime.feeds import Array, model_inputs
 from splitfold.runtime.session import Optimization, Session
 from splitfold.runtime.target import Target
 
@@ -99,7 +99,7 @@ def activation_stats(
         CalibrationError: a batch does not fit, or the data is empty.
     """
     names = list(dict.fromkeys(values))
-    session = Session(model, target, optimization=Optimization.ALL, taps=names)
+    session = _tapped(model, target, names)
     running = {name: _Running() for name in names}
     batches = _walk(session, calibration, names, lambda name, array: running[name].update(array))
     if not batches:
@@ -109,14 +109,20 @@ def activation_stats(
     return _with_histograms(session, calibration, stats) if histograms else stats
 
 
+def _tapped(model: ir.Model, target: Target, names: Sequence[str]) -> Session:
+    """Open `model` with `names` tapped, but for what is fed: not every provider hands that back."""
+    fed = {value.name for value in model_inputs(model)}
+    taps = [name for name in names if name not in fed]
+    return Session(model, target, optimization=Optimization.ALL, taps=taps)
+
+
 def _walk(
     session: Session, calibration: Calibration, names: Sequence[str], use: Callable[[str, Array], None]
 ) -> int:
     batches = 0
     for feeds in calibration:
-        results = session.run(feeds, names) | {
-            name: np.asarray(feeds[name]) for name in names if name in feeds
-        }
+        results = session.run(feeds, [name for name in names if name not in feeds])
+        results |= {name: np.asarray(feeds[name]) for name in names if name in feeds}
         for name in names:
             use(name, results[name])
         batches += 1
@@ -153,7 +159,7 @@ def channel_extremes(
         CalibrationError: a batch does not fit, or the data is empty.
     """
     names = list(dict.fromkeys(values))
-    session = Session(model, target, optimization=Optimization.ALL, taps=names)
+    session = _tapped(model, target, names)
     seen: dict[str, tuple[Array, Array]] = {}
 
     def use(name: str, array: Array) -> None:
@@ -177,7 +183,7 @@ def channel_rows(
         CalibrationError: a batch does not fit, or the data is empty.
     """
     names = list(dict.fromkeys(values))
-    session = Session(model, target, optimization=Optimization.ALL, taps=names)
+    session = _tapped(model, target, names)
     kept: dict[str, list[Array]] = {name: [] for name in names}
 
     def use(name: str, array: Array) -> None:

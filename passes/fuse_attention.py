@@ -22,6 +22,7 @@ from splitfold.runtime.target import Target
 __all__ = ["FuseAttentionPass"]
 
 _OPSET = 23
+_OPERATOR = "Attention"
 """The operator is there from this version on."""
 
 
@@ -50,6 +51,10 @@ class FuseAttentionPass(LayerPass):
         """See the class."""
         blocks = _blocks(model)
         self.check_patterns(block.name for block in blocks)
+        if _OPERATOR in context.target.left_out:
+            for block in blocks:
+                findings.skip(block.name, f"target {context.target.name} has no kernel for {_OPERATOR}")
+            return False
         if not any(isinstance(found, list) for _, found in self._found(model, blocks)):
             self._skip(model, blocks, findings)
             return False

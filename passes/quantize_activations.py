@@ -24,7 +24,7 @@ from splitfold.passes.repq import folded_range
 from splitfold.passes.static_int8 import StaticForm, quantize_statically, trial_carrier
 from splitfold.passes.trial import local_sqnr
 from splitfold.passes.values import constant
-from splitfold.runtime.target import Carrier
+from splitfold.runtime.target import Carrier, Target
 
 __all__ = ["QuantizeActivationsPass"]
 
@@ -52,7 +52,7 @@ class QuantizeActivationsPass(LayerPass):
         min_sqnr: a layer whose own output, measured on calibration data, would fall below this SQNR in dB is
             skipped; 0 skips none.
         form: how a linear layer is written: qdq is standard ONNX; integer names the kernel and takes the bias
-            along, which saves an Add. A Conv is written as qdq.
+            along, which saves an Add. A Conv, and all on a target without that kernel, is written as qdq.
 
     Before::
 
@@ -82,7 +82,7 @@ class QuantizeActivationsPass(LayerPass):
     def rewrite(self, model: ir.Model, context: Context, findings: Findings) -> bool:
         """See the class."""
         layers = candidate_layers(
-            self, model, findings, lambda layer: _structural_reason(layer, model, context, self.form)
+            self, model, findings, lambda layer: _structural_reason(layer, model, context)
         )
         if not layers:
             return False
@@ -110,8 +110,16 @@ class QuantizeActivationsPass(LayerPass):
         if self.min_sqnr > 0:
             measured = local_sqnr(model, trial_carrier(layers, grids, levels), calibration, context.target)
             layers = accurate_layers(layers, measured, self.min_sqnr, "static int8", findings)
-        quantize_statically(model, layers, grids, levels, self.form, findings)
+        quantize_statically(model, layers, grids, levels, self._form(context.target, findings), findings)
         return bool(layers)
+
+    def _form(self, target: Target, findings: Findings) -> StaticForm:
+        if self.form is StaticForm.INTEGER and not target.carries(Carrier.INTEGER_MATMUL):
+            findings.notes.append(
+                f"written as qdq: target {target.name} does not carry {Carrier.INTEGER_MATMUL.value}"
+            )
+            return StaticForm.QDQ
+        return self.form
 
     def _holds(self, layer: Layer, stats: Mapping[str, ActivationStats], findings: Findings) -> bool:
         needed = [layer.input] + ([output_point(layer)] if layer.kind is LayerKind.CONV else [])
@@ -128,11 +136,9 @@ class QuantizeActivationsPass(LayerPass):
         )
 
 
-def _structural_reason(layer: Layer, model: ir.Model, context: Context, form: StaticForm) -> str | None:
+def _structural_reason(layer: Layer, model: ir.Model, context: Context) -> str | None:
     if not context.target.carries(Carrier.STATIC_QDQ):
         return f"target {context.target.name} has no static int8 kernels"
-    if form is StaticForm.INTEGER and layer.is_linear and not context.target.carries(Carrier.INTEGER_MATMUL):
-        return f"target {context.target.name} does not carry {Carrier.INTEGER_MATMUL.value}: use form=qdq"
     if default_opset(model) < 13:
         return f"opset {default_opset(model)} has no DequantizeLinear per channel (13 has)"
     if layer.in_subgraph:

@@ -13,8 +13,10 @@ from splitfold.passes.fold_clips import FoldClipsPass
 from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass
 from splitfold.passes.fuse_attention import FuseAttentionPass
+from splitfold.passes.fuse_cached_attention import FuseCachedAttentionPass
 from splitfold.passes.gate_attention import GateAttentionPass
 from splitfold.passes.legalize import LegalizePass
+from splitfold.passes.merge_projections import MergeProjectionsPass
 from splitfold.passes.merge_transposes import MergeTransposesPass
 from splitfold.passes.quantize_activations import QuantizeActivationsPass
 from splitfold.passes.quantize_dynamic import QuantizeDynamicPass
@@ -22,6 +24,7 @@ from splitfold.passes.quantize_embeddings import QuantizeEmbeddingsPass
 from splitfold.passes.quantize_parts import QuantizePartsPass
 from splitfold.passes.quantize_weights import QuantizeWeightsPass
 from splitfold.passes.replace_softmax import ReplaceSoftmaxPass
+from splitfold.passes.simplify_quantizers import SimplifyQuantizersPass
 from splitfold.passes.simplify_reshapes import SimplifyReshapesPass
 from splitfold.passes.simulate_quantization import SimulateQuantizationPass
 from splitfold.passes.split_activations import SplitActivationsPass
@@ -43,7 +46,9 @@ PASSES: tuple[type[Pass], ...] = (
     QuantizeEmbeddingsPass,
     QuantizePartsPass,
     SimplifyReshapesPass,
+    SimplifyQuantizersPass,
     MergeTransposesPass,
+    MergeProjectionsPass,
     SimulateQuantizationPass,
     SplitActivationsPass,
     SplitLayersPass,
@@ -54,6 +59,7 @@ PASSES: tuple[type[Pass], ...] = (
     GateAttentionPass,
     ReplaceSoftmaxPass,
     FuseAttentionPass,
+    FuseCachedAttentionPass,
     UnfuseNormsPass,
     LegalizePass,
 )

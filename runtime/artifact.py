@@ -7,14 +7,16 @@ Loading one needs onnxruntime and no torch.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from splitfold.runtime.errors import ArtifactError
+from splitfold.runtime.errors import ArtifactError, UnsupportedError
+from splitfold.runtime.feeds import Feeds
 from splitfold.runtime.model_file import (
     MODEL_FILE,
     file_digest,
@@ -23,10 +25,14 @@ from splitfold.runtime.model_file import (
     scratch_folder,
     write_model,
 )
+from splitfold.runtime.offline import OFFLINE_KEY, offline, offline_differences, offline_facts
+from splitfold.runtime.options import SessionOptions
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
 __all__ = ["MANIFEST_FILE", "MANIFEST_KEY", "Artifact", "read_manifest"]
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_KEY = "splitfold.manifest"
@@ -52,7 +58,11 @@ class Artifact:
     records: tuple[Any, ...] = ()
 
     def session(self, *, threads: int = 0) -> Session:
-        """Open the model on its target."""
+        """Open the model on its target, with the session options that the manifest names.
+
+        Args:
+            threads: intra-operator threads; 0 is those of the options, or else the runtime's choice.
+        """
         return Session(self.model, self.target, threads=threads)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -66,11 +76,43 @@ class Artifact:
         """
         place = Path(folder)
         with new_folder(place, overwrite=overwrite) as scratch:
-            written = write_model(self._stamped(), scratch)
-            files = {file.name: file_digest(file) for file in written}
-            text = json.dumps({**self.manifest, "files": files}, indent=1, sort_keys=True, ensure_ascii=False)
-            (scratch / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+            self._write(scratch)
         return place
+
+    def save_optimized(
+        self, folder: str | Path, *, overwrite: bool = False, feeds: Feeds | None = None
+    ) -> Path:
+        """Write the artifact as `save` does, its graph as the runtime's own optimisation leaves it, so that
+        sessions open faster; return `folder`.
+
+        The graph suits this processor and this version of the runtime: on others it may be slow or not open.
+        The manifest names both under ``offline_optimized``, and `load` warns where they differ. Nodes that
+        the runtime made bear no names of layers.
+
+        Args:
+            folder: where to.
+            overwrite: whether what is there is replaced.
+            feeds: inputs on which both graphs must give the same outputs; default synthetic ones, where they
+                can be made up.
+
+        Raises:
+            ArtifactError: as `save`, or the outputs differ.
+            SessionError: the runtime does not open the model, or the target's provider compiles it.
+        """
+        place = Path(folder)
+        manifest = {**self.manifest, OFFLINE_KEY: offline_facts(self.model)}
+        with (
+            new_folder(place, overwrite=overwrite) as scratch,
+            offline(self.model, self.target, feeds) as made,
+        ):
+            replace(self, model=made, manifest=manifest)._write(scratch)
+        return place
+
+    def _write(self, folder: Path) -> None:
+        written = write_model(self._stamped(), folder)
+        files = {file.name: file_digest(file) for file in written}
+        text = json.dumps({**self.manifest, "files": files}, indent=1, sort_keys=True, ensure_ascii=False)
+        (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     def save_model(self, path: str | Path) -> Path:
         """Write the model alone as one ``.onnx`` file (replacing it), weights beside it above 1.5 GB, and
@@ -111,7 +153,23 @@ class Artifact:
                     f"{file} is not the file that was verified: its digest differs from the manifest's."
                 )
         kept = {key: value for key, value in manifest.items() if key != "files"}
-        return Artifact(read_model(place / MODEL_FILE), kept)
+        if differences := offline_differences(kept):
+            logger.warning(
+                "%s was optimised offline elsewhere: %s. It may be slow here, or not open: compile it here.",
+                place,
+                "; ".join(differences),
+            )
+        return Artifact(read_model(place / MODEL_FILE), kept, _target(kept))
+
+
+def _target(manifest: Mapping[str, Any]) -> Target:
+    """Return the target that a manifest names, with its session options; the CPU provider for one of the
+    user's own."""
+    options = SessionOptions.of(manifest.get("session", {}))
+    try:
+        return Target.named(str(manifest.get("target", "cpu"))).with_options(options)
+    except UnsupportedError:
+        return Target.cpu().with_options(options)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 __all__ = [
     "ArtifactError",
     "CalibrationError",
+    "GenerationError",
+    "ProviderError",
     "SessionError",
     "SplitfoldError",
     "UnsupportedError",
@@ -35,6 +37,22 @@ class CalibrationError(SplitfoldError):
     Common causes: a generator that is already used up (pass the generator *function*), an ``.npz`` whose
         keys are not the
     input names, NaN in the data. The message names the input and the batch.
+    """
+
+
+class GenerationError(SplitfoldError):
+    """Text cannot be generated with a model.
+
+    Common causes: a model without a cache of keys and values, an empty prompt, more positions than the model
+    knows. The message says what to do.
+    """
+
+
+class ProviderError(SplitfoldError):
+    """The execution provider of a target cannot be used here.
+
+    Common causes: its package is not installed, it knows no device of this machine, or it was built for
+        another ONNX Runtime. The message names the cure.
     """
 
 

@@ -67,9 +67,9 @@ def _fits(shape: ir.Shape, actual: Sequence[int]) -> bool:
 def synthetic_feeds(model: ir.Model, *, seed: int = 0, size: int = 8) -> dict[str, Array]:
     """Return seeded feeds of the right shapes and dtypes and of plausible ranges.
 
-    Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere). Floats are
-    standard normal, integers are indices that the tables they select from can hold (else 0 or 1), masks
-    (`*mask*`) are ones, booleans are true.
+    Dimensions of one symbolic name get one size everywhere (2 on axis 0, `size` elsewhere), and sums of names
+    (``past + sequence``) the sum of theirs. Floats are standard normal, integers are indices that the tables
+    they select from can hold (else 0 or 1), masks (`*mask*`) are ones, booleans are true.
 
     Raises:
         UnsupportedError: an input is not a tensor, or its rank is unknown.
@@ -91,7 +91,12 @@ class _Sizes(dict[str, int]):
             return dim
         size = self._default if axis else _BATCH  # some exporters write -1 for unknown
         name = dim.value if isinstance(dim, ir.SymbolicDim) else None
-        return self.setdefault(name, size) if name is not None else size
+        if name is None:
+            return size
+        parts = [part.strip() for part in name.split("+")]
+        if len(parts) > 1 and all(part.isidentifier() for part in parts):
+            return sum(self.setdefault(part, self._default) for part in parts)
+        return self.setdefault(name, size)
 
 
 def _synthetic(value: ir.Value, rng: np.random.Generator, sizes: _Sizes) -> Array:

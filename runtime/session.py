@@ -1,24 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running models with ONNX Runtime; the only file that imports it."""
+"""Running models with ONNX Runtime; beside the provider's own file the only one that imports it."""
 
 from __future__ import annotations
 
 import enum
+import functools
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from splitfold.runtime.errors import SessionError
+from splitfold.runtime.errors import ProviderError, SessionError
 from splitfold.runtime.feeds import Array, Feeds
 from splitfold.runtime.model_file import read_model, self_contained, weight_bytes, write_model
-from splitfold.runtime.target import Target
+from splitfold.runtime.openvino import add_openvino, why_no_openvino
+from splitfold.runtime.options import SessionOptions
+from splitfold.runtime.placement import PlacedNode, Placement
+from splitfold.runtime.target import OPENVINO_PROVIDER, Target
 
-__all__ = ["Optimization", "Session", "optimized_graph", "runtime_version"]
+__all__ = [
+    "Held",
+    "Optimization",
+    "Session",
+    "optimized_graph",
+    "runtime_version",
+    "usable",
+    "write_optimized",
+]
 
+logger = logging.getLogger(__name__)
+
+_RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 _IN_MEMORY_BELOW = 1_500_000_000
 
 
@@ -26,7 +43,7 @@ class Optimization(enum.Enum):
     """How far the runtime may rewrite the graph."""
 
     OFF = "off"
-    """Nodes run as written: for comparing numbers."""
+    """Nodes run as written, on the CPU provider where the target's own compiles: for comparing numbers."""
     ALL = "all"
     """The runtime's default: for deployment and timing."""
 
@@ -36,13 +53,29 @@ def runtime_version() -> str:
     return str(ort.__version__)
 
 
+class Held:
+    """An array that stays with the runtime: it goes from one run to the next without a copy."""
+
+    def __init__(self, value: ort.OrtValue) -> None:
+        self._value = value
+
+    @staticmethod
+    def of(array: Array) -> Held:
+        """Return the array as the runtime sees it; it must not be changed while it is in use."""
+        return Held(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
+
+    def array(self) -> Array:
+        """Return a copy."""
+        return np.array(self._value.numpy())
+
+
 class Session:
     """A model, opened in ONNX Runtime.
 
     Args:
         model: a model in memory, or the path of an ``.onnx`` file.
         target: where it runs.
-        threads: intra-operator threads; 0 is the runtime's choice.
+        threads: intra-operator threads; 0 is the target's choice, and where it has none the runtime's.
         optimization: how far the runtime may rewrite the graph.
         taps: names of internal values that `run` will be asked for; naming them here saves opening the model
             again.
@@ -50,6 +83,7 @@ class Session:
 
     Raises:
         SessionError: the runtime refuses the model.
+        ProviderError: the target's provider cannot be used here.
     """
 
     def __init__(
@@ -62,8 +96,16 @@ class Session:
         taps: Sequence[str] = (),
         profile: Path | None = None,
     ) -> None:
-        self._target = target or Target.cpu()
-        self._options = _options(threads, optimization)
+        asked = (target or Target.cpu()).options
+        threads = threads or asked.threads
+        self._target = _as_run(target or Target.cpu(), optimization)
+        self._options = _options(asked, threads, optimization)
+        self._disabled = list(asked.disabled_optimizers) or None
+        if profile is not None and self._target.compiles:
+            raise SessionError(
+                f"target {self._target.name} compiles the graph: no kernel can be timed; profile on cpu."
+            )
+        self._providers = _providers(self._options, self._target, threads)
         if profile is not None:
             self._options.enable_profiling = True
             self._options.profile_file_prefix = str(profile / "events")
@@ -79,7 +121,12 @@ class Session:
 
     def _open(self, model: ir.Model | str | Path) -> ort.InferenceSession:
         try:
-            return ort.InferenceSession(self._source(model), self._options, providers=[self._target.provider])
+            return ort.InferenceSession(
+                self._source(model),
+                self._options,
+                providers=self._providers,
+                disabled_optimizers=self._disabled,
+            )
         except Exception as error:
             raise SessionError(
                 f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}"
@@ -111,6 +158,36 @@ class Session:
             raise SessionError(f"ONNX Runtime {ort.__version__} failed: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
+    def run_held(self, feeds: Mapping[str, Array | Held]) -> dict[str, Held]:
+        """Run the model once; what it returns can be fed again without a copy.
+
+        Raises:
+            SessionError: the feeds do not fit, or a kernel fails.
+        """
+        names = list(self.outputs)
+        try:
+            values = {
+                name: (it if isinstance(it, Held) else Held.of(it))._value for name, it in feeds.items()
+            }
+            results = self._session.run_with_ort_values(names, values)
+        except Exception as error:
+            raise SessionError(f"ONNX Runtime {ort.__version__} failed: {_first_line(error)}") from error
+        return {name: Held(value) for name, value in zip(names, results, strict=True)}
+
+    @property
+    def placement(self) -> Placement | None:
+        """Which provider runs what; None on the CPU provider, and where the runtime does not tell (before
+        1.24)."""
+        if not self._target.compiles or not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return None
+        nodes: dict[str, list[PlacedNode]] = {}
+        parts = self._session.get_provider_graph_assignment_info()
+        for part in parts:
+            nodes.setdefault(part.ep_name, []).extend(map(_placed, part.get_nodes()))
+        provider = self._target.provider
+        held = {name: tuple(found) for name, found in nodes.items()}
+        return Placement(provider, held, sum(part.ep_name == provider for part in parts))
+
     def end_profiling(self) -> tuple[Path, ir.Model]:
         """Stop the profiler of a session that was opened with one; return the JSON file of its events, and
         the graph that was executed, without its weights' bytes: names that the runtime makes up differ from
@@ -118,13 +195,53 @@ class Session:
         return Path(self._session.end_profiling()), ir.load(self._optimized)
 
 
-def _options(threads: int, optimization: Optimization) -> ort.SessionOptions:
+def _options(asked: SessionOptions, threads: int, optimization: Optimization) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = asked.arena
+    for key, value in asked.config_entries().items():
+        options.add_session_config_entry(key, value)
     options.log_severity_level = 4
     if optimization is Optimization.OFF:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
+
+
+def usable(target: Target) -> Target:
+    """Return `target`; the CPU, with a warning, where `target` cannot be used here and may fall back.
+
+    Raises:
+        ProviderError: it cannot be used here; the message names the cure.
+    """
+    if target.provider != OPENVINO_PROVIDER or not (reason := why_no_openvino()):
+        return target
+    if not target.or_cpu:
+        raise ProviderError(reason)
+    _warn_once(f"target {target.name} falls back to the CPU provider: {reason}")
+    return Target.cpu().with_options(target.options)
+
+
+def _as_run(target: Target, optimization: Optimization) -> Target:
+    if target.compiles and optimization is Optimization.OFF:
+        return Target.cpu()
+    return usable(target)
+
+
+def _providers(options: ort.SessionOptions, target: Target, threads: int) -> list[Any] | None:
+    """Prepare `options` for the target's provider, and return what a session names as `providers`."""
+    if target.provider != OPENVINO_PROVIDER:
+        return [target.provider]
+    options.add_session_config_entry(_RECORD_PLACEMENT, "1")
+    return add_openvino(options, target.arithmetic, threads)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _placed(node: Any) -> PlacedNode:
+    return PlacedNode(node.name, f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
 
 
 def _keep_optimized(options: ort.SessionOptions, folder: Path) -> Path:
@@ -161,21 +278,32 @@ def optimized_graph(model: ir.Model | Path, target: Target) -> ir.Model:
     bytes.
 
     Raises:
-        SessionError: the runtime refuses the model.
+        SessionError: the runtime refuses the model, or a provider compiles it.
     """
     with tempfile.TemporaryDirectory(prefix="splitfold-optimized-") as folder:
-        options = _options(0, Optimization.ALL)
-        written = _keep_optimized(options, Path(folder))
-        source = model
-        if isinstance(model, ir.Model):
-            source = write_model(model.clone(), Path(folder), "source.onnx")[0]
-        try:
-            ort.InferenceSession(str(source), options, providers=[target.provider])
-        except Exception as error:
-            raise SessionError(
-                f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}"
-            ) from error
-        return ir.load(written)
+        return ir.load(write_optimized(model, target, Path(folder)))
+
+
+def write_optimized(model: ir.Model | Path, target: Target, folder: Path) -> Path:
+    """Open `model` as deployed, let the runtime write the graph that it really executes into `folder`, with
+    its weights beside it, and return its path.
+
+    Raises:
+        SessionError: the runtime refuses the model, or a provider compiles it.
+    """
+    if target.compiles:
+        raise SessionError(f"target {target.name} compiles the graph, so that its kernels cannot be listed.")
+    options = _options(target.options, target.options.threads, Optimization.ALL)
+    written = _keep_optimized(options, folder)
+    source = write_model(model.clone(), folder, "source.onnx")[0] if isinstance(model, ir.Model) else model
+    disabled = list(target.options.disabled_optimizers) or None
+    try:
+        ort.InferenceSession(str(source), options, providers=[target.provider], disabled_optimizers=disabled)
+    except Exception as error:
+        raise SessionError(
+            f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}"
+        ) from error
+    return written
 
 
 def _first_line(error: Exception) -> str:

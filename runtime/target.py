@@ -10,21 +10,26 @@ import enum
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from splitfold.runtime.errors import UnsupportedError, did_you_mean
+from splitfold.runtime.options import SessionOptions
 
 if TYPE_CHECKING:
     from splitfold.runtime.costs.kernel import Case
     from splitfold.runtime.costs.measure import Meter
     from splitfold.runtime.costs.table import KernelCosts
 
-__all__ = ["Carrier", "Fusion", "Target"]
+__all__ = ["CPU_PROVIDER", "OPENVINO_PROVIDER", "Arithmetic", "Carrier", "Fusion", "Target"]
 
 logger = logging.getLogger(__name__)
+
+CPU_PROVIDER = "CPUExecutionProvider"
+OPENVINO_PROVIDER = "OpenVINOExecutionProvider"
 
 
 class Carrier(enum.Enum):
@@ -54,6 +59,14 @@ class Fusion(enum.Enum):
     """Add and LayerNormalization to SkipLayerNormalization."""
 
 
+class Arithmetic(enum.Enum):
+    """What a provider that has the choice computes float operators in."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    """bfloat16, 8 bits of precision, where the processor has it."""
+
+
 _ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 
@@ -71,6 +84,11 @@ class Target:
             saturate (x86 without VNNI).
         low_bit_kernels: operator types of the runtime's optimised graph that compute in low precision.
         slow_fusions: fusions of the runtime whose kernel is slower than what it replaces.
+        left_out: standard operator types that the provider leaves to the CPU provider, which cuts the graph.
+        compiles: the provider compiles the graph in one piece: no kernel of it can be listed or timed.
+        arithmetic: what it computes float operators in.
+        or_cpu: where the provider cannot be used, the CPU provider takes its place, with a warning.
+        options: what every session is opened with.
         costs: what its kernels take, measured (`measure`, ``splitfold calibrate-target``); None is that
             nothing was. Two targets that differ only in it are equal.
     """
@@ -83,6 +101,11 @@ class Target:
     weight_levels: int = 127
     low_bit_kernels: frozenset[str] = field(default_factory=lambda: _CPU_KERNELS)
     slow_fusions: frozenset[Fusion] = frozenset()
+    left_out: frozenset[str] = frozenset()
+    compiles: bool = False
+    arithmetic: Arithmetic = Arithmetic.F32
+    or_cpu: bool = False
+    options: SessionOptions = field(default_factory=SessionOptions)
     costs: KernelCosts | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
@@ -90,10 +113,34 @@ class Target:
         """Return ONNX Runtime's CPU provider on x86-64 with VNNI or Arm with dot products."""
         return Target(
             "cpu",
-            "CPUExecutionProvider",
+            CPU_PROVIDER,
             24,
             frozenset(Carrier),
             slow_fusions=frozenset({Fusion.SKIP_NORM}),
+        )
+
+    @staticmethod
+    def openvino(*, arithmetic: Arithmetic = Arithmetic.F32, or_cpu: bool = False) -> Target:
+        """Return OpenVINO's CPU device, by the provider of the extra ``splitfold[openvino]``.
+
+        Its int8 kernels take QuantizeLinear/DequantizeLinear and weights in blocks. What it computes at run
+        time from DynamicQuantizeLinear is slower than float, so that it carries no dynamic int8.
+
+        Args:
+            arithmetic: bfloat16, the provider's own default where the processor has it, must be asked for.
+            or_cpu: where the provider cannot be used, the CPU provider takes its place, with a warning.
+        """
+        words = ["openvino"] + [arithmetic.value] * (arithmetic is not Arithmetic.F32) + ["or-cpu"] * or_cpu
+        return Target(
+            "-".join(words),
+            OPENVINO_PROVIDER,
+            24,
+            _OPENVINO_CARRIERS,
+            left_out=frozenset({"Attention", "RMSNormalization"}),
+            low_bit_kernels=frozenset({"OpenVINO"}),
+            compiles=True,
+            arithmetic=arithmetic,
+            or_cpu=or_cpu,
         )
 
     @staticmethod
@@ -107,6 +154,10 @@ class Target:
             near = did_you_mean(name, _NAMED)
             raise UnsupportedError(f"unknown target '{name}'.{near} Known: {', '.join(_NAMED)}.")
         return _NAMED[name]()
+
+    def with_options(self, options: SessionOptions) -> Target:
+        """Return the target whose sessions are opened with `options`."""
+        return replace(self, options=options)
 
     def with_costs(self, path: str | Path) -> Target:
         """Return the target with the kernel costs that a file holds; it is warned where they were measured on
@@ -181,4 +232,20 @@ _CPU_KERNELS: frozenset[str] = frozenset(
     }
 )
 
-_NAMED: Mapping[str, Callable[[], Target]] = {"cpu": Target.cpu}
+_OPENVINO_CARRIERS = frozenset(
+    {
+        Carrier.STATIC_QDQ,
+        Carrier.MATMUL_NBITS,
+        Carrier.BLOCKED_DEQUANTIZE,
+        Carrier.GATHER_ROWS,
+        Carrier.GATHER_BLOCKS,
+    }
+)
+
+_NAMED: Mapping[str, Callable[[], Target]] = {
+    "cpu": Target.cpu,
+    "openvino": Target.openvino,
+    "openvino-bf16": partial(Target.openvino, arithmetic=Arithmetic.BF16),
+    "openvino-or-cpu": partial(Target.openvino, or_cpu=True),
+    "openvino-bf16-or-cpu": partial(Target.openvino, arithmetic=Arithmetic.BF16, or_cpu=True),
+}

@@ -18,8 +18,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from detours import with_detours
+from detours import Make, detour, with_detours
 from page import Case, read_page, run_case
+from quantizer_detours import through_quantizers
 from random_graphs import random_model
 
 from splitfold.passes.base import Context, Contract, LayerPass, Pass
@@ -45,9 +46,12 @@ EXACT = {
     "drop-nan-guards": 10,
     "fold-clips": 0,
     "fuse-attention": 0,
+    "fuse-cached-attention": 0,
     "fold-multipliers": 10,
     "legalize": 0,
+    "merge-projections": 10,
     "merge-transposes": 10,
+    "simplify-quantizers": 100,
     "simplify-reshapes": 10,
     "split-activations": 20,
     "split-activations{at=functions,parts=2}": 10,
@@ -60,8 +64,14 @@ EXACT = {
     "unfuse-norms": 1,
 }
 """Exact passes with options, and how often they find something to do in the random graphs."""
-DETOURS = {"drop-nan-guards", "fold-multipliers", "merge-transposes", "simplify-reshapes"}
-"""Passes that remove detours, which are put into the random graphs for them."""
+DETOURS: dict[str, Make] = {
+    "drop-nan-guards": detour,
+    "fold-multipliers": detour,
+    "merge-transposes": detour,
+    "simplify-quantizers": through_quantizers,
+    "simplify-reshapes": detour,
+}
+"""Passes that remove detours, and those that are put into the random graphs for them."""
 LOSSY = {
     "assign-precision{choices=[fp32,int8-static,w4],budget=[12code-bits],signal=local-error}": 10.0,
     "assign-precision{signal=random,error=bits}": 0.0,
@@ -211,10 +221,10 @@ class Start:
 
 
 @cache
-def started(seed: int, detours: bool = False) -> Start:
+def started(seed: int, make: Make | None = None) -> Start:
     model = random_model(seed)
-    if detours:
-        model = ir.from_proto(with_detours(ir.to_proto(model), seed))
+    if make is not None:
+        model = ir.from_proto(with_detours(ir.to_proto(model), seed, make))
     name_layers(model)
     canonical = model.clone()
     CanonicalizePass()(canonical)
@@ -257,7 +267,7 @@ def test_random_graphs_stay_equal(text: str, floor: int) -> None:
     seeds = SEEDS if text == step.name else SEEDS[:40]
     applied = 0
     for seed in seeds:
-        start = started(seed, step.name in DETOURS)
+        start = started(seed, DETOURS.get(step.name))
         before = start.model if isinstance(step, CanonicalizePass) else start.canonical
         after, record = apply(step, before, start.feeds)
         applied += len(record.applied)

@@ -10,7 +10,7 @@ import typer
 
 from splitfold.compiler.cli.compare_command import DataOption
 from splitfold.compiler.cli.data import open_data
-from splitfold.compiler.cli.options import DebugOption, first_feeds
+from splitfold.compiler.cli.options import DebugOption, TargetOption, first_feeds, parse_target
 from splitfold.compiler.cli.output import file_bytes, megabytes, out, table
 from splitfold.compiler.cli.run_options import BatchOption, RunsOption, ThreadsOption
 from splitfold.runtime.bench import bench
@@ -28,6 +28,7 @@ def bench_command(
     batch: BatchOption = 1,
     threads: ThreadsOption = 0,
     runs: RunsOption = 50,
+    target: TargetOption = "cpu",
     debug: DebugOption = False,
 ) -> None:
     """Time models side by side: they take turns, and medians and ratios to the first are shown.
@@ -36,14 +37,16 @@ def bench_command(
     Example:
       splitfold bench model.onnx out-int8 out-int4 --data inputs.npz --threads 2 --runs 100
     """
+    place = parse_target(target)
     files = [model_path(model) for model in models]
     read = [read_model(file) for file in files]
     feeds, words = open_data(data, read[0], batch=batch)
     example = first_feeds(feeds)
-    timings = bench(files, example, runs=runs, threads=threads)
+    timings = bench(files, example, runs=runs, threads=threads, target=place)
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in example.items())
     out().print(
-        f"{runs} runs each on {words}: {shapes}; {f'{threads} threads' if threads else 'default threads'}",
+        f"{runs} runs each on {words}: {shapes}; {f'{threads} threads' if threads else 'default threads'}; "
+        f"target {place.name}",
         soft_wrap=True,
     )
     rows = [

@@ -96,7 +96,8 @@ def bisect_command(
           --evaluate mypackage.metrics:accuracy --drop 0.01 -o works.toml
       splitfold compile model.onnx -o out --recipe works.toml --calibration cal.npz
     """
-    steps, place = choose_pipeline(preset, pipeline, recipe), parse_target(target)
+    place = parse_target(target)
+    steps = choose_pipeline(preset, pipeline, recipe, place)
     limits = parse_tolerance(tolerance)
     _check_options(evaluate, drop, data, tolerance)
     if output is not None and not output.absolute().parent.is_dir():

@@ -9,7 +9,13 @@ from typing import Annotated
 import typer
 
 from splitfold.compiler.cli.data import open_data
-from splitfold.compiler.cli.options import DebugOption, ToleranceOption, parse_tolerance
+from splitfold.compiler.cli.options import (
+    DebugOption,
+    TargetOption,
+    ToleranceOption,
+    parse_target,
+    parse_tolerance,
+)
 from splitfold.compiler.cli.output import out, table
 from splitfold.runtime.model_file import model_path, read_model
 from splitfold.runtime.session import Session
@@ -34,21 +40,23 @@ def compare_command(
     actual: Annotated[Path, typer.Argument(metavar="B", help="The model that is compared with it.")],
     data: DataOption = None,
     tolerance: ToleranceOption = None,
+    target: TargetOption = "cpu",
     debug: DebugOption = False,
 ) -> None:
     """Run two models on the same inputs and show how far B's outputs are from A's, over all batches.
 
-    With --tolerance a difference beyond it exits with 1.
+    A runs on the CPU provider, B on the target. With --tolerance a difference beyond it exits with 1.
 
     \b
     Example:
       splitfold compare model.onnx out --data held_out.npz
     """
-    limits = parse_tolerance(tolerance)
+    limits, place = parse_tolerance(tolerance), parse_target(target)
     first = read_model(model_path(reference))
     read_model(model_path(actual))
     batches, words = open_data(data, first)
-    deviations, count = compare_sessions(Session(model_path(reference)), Session(model_path(actual)), batches)
+    sessions = Session(model_path(reference)), Session(model_path(actual), place)
+    deviations, count = compare_sessions(*sessions, batches)
     out().print(
         f"{actual} against {reference} over {count} batch{'es' if count != 1 else ''} of {words}",
         soft_wrap=True,

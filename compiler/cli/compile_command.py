@@ -54,6 +54,12 @@ from splitfold.compiler.cli.search_options import (
     parse_search,
     say_search,
 )
+from splitfold.compiler.cli.session_options import (
+    OfflineOption,
+    SessionOption,
+    parse_session,
+    say_session,
+)
 from splitfold.compiler.cli.speed_options import IfSlowerOption, SpeedSecondsOption, parse_speed, say_speed
 from splitfold.compiler.debug.report import REPORT_FILE, check_report
 from splitfold.compiler.driver import compile
@@ -98,6 +104,8 @@ def compile_command(
     jobs: JobsOption = None,
     strict: StrictOption = False,
     snapshots: SnapshotsOption = None,
+    session: SessionOption = None,
+    offline_optimized: OfflineOption = False,
     overwrite: OverwriteOption = False,
     report: ReportOption = False,
     reproducers: ReproducersOption = None,
@@ -126,8 +134,9 @@ def compile_command(
     check_search(evaluate, max_drop, both=False)
     search = parse_search(goal, limit, seconds, confidence, cache, jobs, strict)
     chosen = (preset, pipeline, recipe)
-    steps = mixed() if max_drop is not None and not any(chosen) else choose_pipeline(*chosen)
-    place, limits, choice = parse_target(target), parse_tolerance(tolerance), parse_unrealised(unrealised)
+    place = parse_target(target).with_options(parse_session(session))
+    steps = mixed() if max_drop is not None and not any(chosen) else choose_pipeline(*chosen, place)
+    limits, choice = parse_tolerance(tolerance), parse_unrealised(unrealised)
     failures, speed = reproducers_in(reproducers, no_reproducer), parse_speed(if_slower, speed_seconds)
     check_folder(output, overwrite=overwrite)
     if report:
@@ -157,7 +166,11 @@ def compile_command(
     print_report(artifact, verbose=verbose)
     _print_metric(artifact)
     say_speed(artifact.speed, verbose=verbose)
-    artifact.save(output, overwrite=overwrite)
+    if offline_optimized:
+        artifact.save_optimized(output, overwrite=overwrite, feeds=artifact.source.feeds)
+    else:
+        artifact.save(output, overwrite=overwrite)
+    say_session(artifact.target.options)
     _print_sizes(artifact, source, output)
     if report:
         say("report", artifact.write_report(output / REPORT_FILE))

@@ -15,6 +15,7 @@ import typer
 from splitfold.compiler.cli.options import DebugOption
 from splitfold.compiler.cli.output import file_bytes, megabytes, out, say, table
 from splitfold.compiler.cli.report import print_deviation, print_kernels
+from splitfold.compiler.cli.session_options import say_offline, say_session
 from splitfold.compiler.inspection import (
     LayerFacts,
     attention_report,
@@ -27,6 +28,7 @@ from splitfold.runtime.artifact import read_manifest
 from splitfold.runtime.errors import ArtifactError
 from splitfold.runtime.feeds import model_inputs
 from splitfold.runtime.model_file import model_path, read_model
+from splitfold.runtime.options import SessionOptions
 
 __all__ = ["inspect_command"]
 
@@ -125,6 +127,8 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
         "made with",
         ", ".join(f"{name} {version}" for name, version in dict(manifest.get("versions", {})).items()),
     )
+    say_session(SessionOptions.of(manifest.get("session", {})))
+    say_offline(manifest)
     for name in ("source", "calibration"):
         say(name, f"digest {manifest.get(name) or '-'}")
     print_kernels(manifest)

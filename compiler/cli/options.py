@@ -26,6 +26,7 @@ from splitfold.passes.pipeline import Pipeline
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.errors import ArtifactError, did_you_mean
 from splitfold.runtime.feeds import Array, Feeds
+from splitfold.runtime.session import usable
 from splitfold.runtime.target import Target
 
 __all__ = [
@@ -120,7 +121,8 @@ TargetOption = Annotated[
     typer.Option(
         "--target",
         metavar="NAME",
-        help="Where the artifact is to run: cpu, or a file of calibrate-target: cpu with measured kernels.",
+        help="Where the artifact is to run: cpu; openvino (openvino-bf16 to let it compute in bfloat16, "
+        "openvino-or-cpu to fall back); or a file of calibrate-target: cpu with measured kernels.",
     ),
 ]
 ToleranceOption = Annotated[
@@ -143,8 +145,11 @@ UnrealisedOption = Annotated[
 ]
 
 
-def choose_pipeline(preset_name: str | None, text: str | None, recipe: Path | None) -> Pipeline:
-    """Return the pipeline of whichever of the three options was given; `int8` where none was.
+def choose_pipeline(
+    preset_name: str | None, text: str | None, recipe: Path | None, target: Target | None = None
+) -> Pipeline:
+    """Return the pipeline of whichever of the three options was given; `int8` where none was. Presets are
+    those of `target`.
 
     Raises:
         typer.BadParameter: two were given, or the value is wrong.
@@ -163,7 +168,7 @@ def choose_pipeline(preset_name: str | None, text: str | None, recipe: Path | No
         with usage("--recipe"):
             return read_recipe(recipe)
     with usage("--preset"):
-        return preset(preset_name or "int8")
+        return preset(preset_name or "int8", target)
 
 
 def snapshots_in(
@@ -211,11 +216,16 @@ def parse_metric(text: str) -> Evaluate:
 
 
 def parse_target(name: str) -> Target:
-    """Return the target of ``--target``: by name, or the CPU with the kernel costs of a file."""
+    """Return the target of ``--target``: by name, or the CPU with the kernel costs of a file.
+
+    Raises:
+        ProviderError: its provider cannot be used here.
+    """
     if name.endswith(".json"):
         return Target.cpu().with_costs(name)
     with usage("--target"):
-        return Target.named(name)
+        target = Target.named(name)
+    return usable(target)
 
 
 def parse_unrealised(word: str) -> Unrealised:

@@ -58,9 +58,10 @@ def timed(
 
 def split(artifact: Artifact, seconds: float) -> str:
     """The passes that took most, and all that is no pass: reading, checks, verification."""
-    spent = sorted(((record.seconds, record.text.partition("{")[0]) for record in artifact.records), reverse=True)
-    rest = seconds - sum(took for took, _ in spent)
-    parts = [f"{name} {took:.1f} s" for took, name in spent[:SHOWN]]
+    took = ((record.seconds, record.text.partition("{")[0]) for record in artifact.records)
+    spent = sorted(took, reverse=True)
+    rest = seconds - sum(one for one, _ in spent)
+    parts = [f"{name} {one:.1f} s" for one, name in spent[:SHOWN]]
     return f"{seconds:.1f} s: {', '.join(parts)}, all but passes {rest:.1f} s"
 
 

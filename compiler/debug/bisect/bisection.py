@@ -107,7 +107,7 @@ def bisect(
     measure = _measure(source, evaluate, drop, data, tolerance, place)
     judge = Judge(measure, limit, tell)
     hints = _data(source, data) if data is not None else source.calibration or Calibration.of(source.feeds)
-    given = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline or int8()
+    given = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline or int8(place)
     steps = complete(given)
     context = Context(place, source.calibration)
     search = Search(steps, source.model, context, judge, hints, observers)
