@@ -10,9 +10,14 @@ from splitfold.passes.base import Pass
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.drop_nan_guards import DropNanGuardsPass
 from splitfold.passes.errors import SpecError
+from splitfold.passes.flatten_heads import FlattenHeadsPass
 from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass, ScaleMethod
 from splitfold.passes.fuse_attention import FuseAttentionPass
+from splitfold.passes.fuse_cached_attention import FuseCachedAttentionPass
+from splitfold.passes.fuse_norms import FuseNormsPass
+from splitfold.passes.fuse_rotary import FuseRotaryPass
+from splitfold.passes.merge_projections import MergeProjectionsPass
 from splitfold.passes.merge_transposes import MergeTransposesPass
 from splitfold.passes.pipeline import Pipeline
 from splitfold.passes.precision import Precision
@@ -26,13 +31,14 @@ from splitfold.passes.unfuse_norms import UnfuseNormsPass
 from splitfold.runtime.errors import did_you_mean
 from splitfold.runtime.target import Carrier, Target
 
-__all__ = ["PRESETS", "exact", "int4", "int8", "int8_dynamic", "low_bit", "mixed", "preset"]
+__all__ = ["PRESETS", "decoder", "exact", "int4", "int8", "int8_dynamic", "low_bit", "mixed", "preset"]
 
 _STATIC_SQNR = 20.0
 """dB below which a layer's static form is not taken."""
 _DYNAMIC_SQNR = 15.0
 """dB below which a layer stays in float: what a per-tensor grid cannot hold either way."""
 _LOW_BITS = 3
+_DECODER_BLOCK = 128
 
 
 def _simplified() -> tuple[Pass, ...]:
@@ -96,6 +102,25 @@ def int4() -> Pipeline:
     )
 
 
+def decoder() -> Pipeline:
+    """Return what a causal language model with a cache writes text fastest with: norms, rotary positions and
+    attention as one operator each, heads side by side, and 4-bit weights in blocks of 128, those that read
+    the same in one product; needs no calibration data.
+
+    Blocks of 32, as `int4` has them, are nearer to float and take 1.4 times as long a token.
+    """
+    return Pipeline.of(
+        *_simplified(),
+        FuseNormsPass(),
+        FuseRotaryPass(),
+        FuseCachedAttentionPass(),
+        FlattenHeadsPass(),
+        QuantizeWeightsPass(bits=4, block=_DECODER_BLOCK),
+        QuantizeEmbeddingsPass(),
+        MergeProjectionsPass(),
+    )
+
+
 def low_bit() -> Pipeline:
     """Return 3-bit weights in blocks of 32: AWQ's scales first, then GPTQ.
 
@@ -131,6 +156,7 @@ PRESETS: Mapping[str, Callable[[], Pipeline]] = {
     "int8": int8,
     "int8-dynamic": int8_dynamic,
     "int4": int4,
+    "decoder": decoder,
     "low-bit": low_bit,
 }
 

@@ -9,11 +9,14 @@ from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.choose_carriers import ChooseCarriersPass
 from splitfold.passes.clip_softmax import ClipSoftmaxPass
 from splitfold.passes.drop_nan_guards import DropNanGuardsPass
+from splitfold.passes.flatten_heads import FlattenHeadsPass
 from splitfold.passes.fold_clips import FoldClipsPass
 from splitfold.passes.fold_multipliers import FoldMultipliersPass
 from splitfold.passes.fold_scales import FoldScalesPass
 from splitfold.passes.fuse_attention import FuseAttentionPass
 from splitfold.passes.fuse_cached_attention import FuseCachedAttentionPass
+from splitfold.passes.fuse_norms import FuseNormsPass
+from splitfold.passes.fuse_rotary import FuseRotaryPass
 from splitfold.passes.gate_attention import GateAttentionPass
 from splitfold.passes.legalize import LegalizePass
 from splitfold.passes.merge_projections import MergeProjectionsPass
@@ -60,6 +63,9 @@ PASSES: tuple[type[Pass], ...] = (
     ReplaceSoftmaxPass,
     FuseAttentionPass,
     FuseCachedAttentionPass,
+    FuseRotaryPass,
+    FuseNormsPass,
+    FlattenHeadsPass,
     UnfuseNormsPass,
     LegalizePass,
 )

@@ -87,6 +87,29 @@ def test_exact_passes_keep_it(name: str) -> None:
     np.testing.assert_allclose(found[1, PADDING:], expected[1, PADDING:], atol=1e-4)
 
 
+def test_the_preset_for_decoders_is_exact_but_for_its_codes(tmp_path: Path) -> None:
+    ids, mask = sequences()
+    steps = presets.decoder()
+    fused = Pipeline(tuple(step for step in steps.steps if not step.name.startswith("quantize-")))
+    artifact = compile(captured("llama"), pipeline=fused, speed=None)
+    kinds = [node.op_type for node in artifact.model.graph]
+    assert (kinds.count("Attention"), kinds.count("RotaryEmbedding"), kinds.count("RMSNormalization")) == (
+        2,
+        4,
+        5,
+    )
+    assert kinds.count("MatMul") == 2 * 4 + 1  # queries with keys and values, output, gate with up, down
+    assert not {"Softmax", "Transpose", "Pow", "Cos"} & set(kinds[kinds.index("RotaryEmbedding") :])
+    found = np.concatenate(step_by_step(artifact.model, ids, mask), axis=1)
+    expected = whole("llama", ids, mask)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
+    np.testing.assert_allclose(found[1, PADDING:], expected[1, PADDING:], atol=1e-4)
+    coded = compile(captured("llama"), pipeline=steps, speed=None, tolerance=ROUGH)
+    assert [node.op_type for node in coded.model.graph].count("MatMulNBits") == 2 * 4 + 1
+    generator = Generator.open(coded.save(tmp_path / "artifact"))
+    assert len(generator.generate([1, 5], limit=6).tokens) == 6
+
+
 def test_names_and_axes_are_told() -> None:
     model = captured("llama")
     assert [value.name for value in model.graph.inputs] == [

@@ -49,6 +49,7 @@ def _no_errors(driver: Any) -> Iterator[None]:
 
 def draw_all(driver: Any) -> list[str]:
     """Scroll to every picture, wait until it is drawn, and return their ids."""
+    wait(driver, "return document.readyState === 'complete' && typeof report !== 'undefined'")
     names: list[str] = driver.execute_script("return Object.keys(report.figures)")
     shown = [name for name in names if not driver.execute_script("return byId(arguments[0]).hidden", name)]
     for name in shown:
