@@ -89,22 +89,14 @@ def tiny() -> nn.Module:
 def vit_small() -> nn.Module:
     """ViT-S/16: pixel_values [n, 3, 224, 224] -> the states [n, 197, 384]."""
     shape = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
-    return _States(ViTModel(shape, add_pooling_layer=False))
+    module: nn.Module = ViTModel(shape, add_pooling_layer=False)
+    return module
 
 
 def bert_base() -> nn.Module:
     """BERT-base: input_ids and attention_mask [n, t] -> the states [n, t, 768]."""
-    return _States(BertModel(BertConfig(), add_pooling_layer=False))
-
-
-class _States(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        states: Tensor = self.body(*inputs, **named).last_hidden_state
-        return states
+    module: nn.Module = BertModel(BertConfig(), add_pooling_layer=False)
+    return module
 
 
 def settled(module: nn.Module, images: Tensor) -> nn.Module:
