@@ -113,7 +113,7 @@ def export_llama(path: Path, layers: int) -> None:
     """Write the Llama."""
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=layers, use_cache=False, **LLAMA)
-    ids = np.random.default_rng(0).integers(0, LLAMA["vocab_size"], (1, 8))
+    ids = np.random.default_rng(0).integers(0, LLAMA["vocab_size"], (2, 8))
     written(LlamaForCausalLM(config), {"input_ids": ids}, path)
 
 
