@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ from splitfold.compiler.debug.outliers.results import Outliers
 from splitfold.passes.base import Contract
 from splitfold.passes.pipeline import PassRecord
 from splitfold.runtime.calibration import Calibration
+from splitfold.runtime.errors import SplitfoldError
 from splitfold.runtime.feeds import Feeds
 from splitfold.runtime.target import Target
 
 __all__ = ["first_batches", "outlier_values"]
+
+logger = logging.getLogger(__name__)
 
 _BATCHES = 2
 """Batches that are run, at most."""
@@ -35,17 +39,20 @@ def outlier_values(
     are exactly zero.
 
     Empty where no pass put another function in the place of attention, or there is no calibration data.
+    Where a model cannot be measured, as one with operators that the runtime lacks, the reason stands there
+    instead: a compilation does not fail for it.
     """
     replaced = any(record.contract == Contract.SEMANTIC.value and record.applied for record in records)
     if not replaced or calibration is None:
         return {}
     data = first_batches(calibration, _BATCHES)
     models = {"before": before, "after": after}
-    return {
-        "outliers": {
-            word: _values(measure_outliers(model, data, target=target)) for word, model in models.items()
-        }
-    }
+    try:
+        found = {word: measure_outliers(model, data, target=target) for word, model in models.items()}
+    except SplitfoldError as error:
+        logger.warning("the outliers were not measured: %s", error)
+        return {"outliers": {"not_measured": str(error)}}
+    return {"outliers": {word: _values(item) for word, item in found.items()}}
 
 
 def first_batches(data: Calibration, count: int) -> Calibration:

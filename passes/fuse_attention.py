@@ -14,10 +14,9 @@ from splitfold.passes.attention_block import Attention, AttentionForm, TermKind
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.dims import Dim, Shape, product
 from splitfold.passes.identity import layers_of, stamp
-from splitfold.passes.opset import default_opset, raise_opset
+from splitfold.passes.later_operators import make_available
 from splitfold.passes.symbolic_shapes import SymbolicShapes, symbolic_shapes
-from splitfold.passes.values import drop_computed, emit, forget_names, ints_attribute, replace_value
-from splitfold.runtime.target import Target
+from splitfold.passes.values import drop_computed, emit, ints_attribute, replace_value
 
 __all__ = ["FuseAttentionPass"]
 
@@ -51,17 +50,12 @@ class FuseAttentionPass(LayerPass):
         """See the class."""
         blocks = _blocks(model)
         self.check_patterns(block.name for block in blocks)
-        if _OPERATOR in context.target.left_out:
-            for block in blocks:
-                findings.skip(block.name, f"target {context.target.name} has no kernel for {_OPERATOR}")
-            return False
         if not any(isinstance(found, list) for _, found in self._found(model, blocks)):
             self._skip(model, blocks, findings)
             return False
-        reason = _raised(model, context.target)
-        if reason:
+        if reason := make_available(model, _OPERATOR, _OPSET, context.target):
             for block in blocks:
-                findings.skip(block.name, f"the operator needs opset {_OPSET}: {reason}")
+                findings.skip(block.name, reason)
             return False
         blocks = _blocks(model)  # of the raised model
         self._skip(model, blocks, findings)
@@ -87,17 +81,6 @@ class FuseAttentionPass(LayerPass):
 
 def _blocks(model: ir.Model) -> list[Attention]:
     return [it for it in find_attention(model).blocks if it.form is AttentionForm.DECOMPOSED]
-
-
-def _raised(model: ir.Model, target: Target) -> str:
-    """Raise the model to the operator's opset; return why it stayed, or nothing."""
-    if default_opset(model) >= _OPSET:
-        return ""
-    if target.opset < _OPSET:
-        return f"target {target.name} runs opset {target.opset}"
-    reason = raise_opset(model, _OPSET) or ""
-    forget_names(model)
-    return reason
 
 
 def _inputs(block: Attention, shapes: SymbolicShapes) -> list[ir.Value | None] | str:

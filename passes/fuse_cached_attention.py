@@ -13,21 +13,20 @@ from splitfold.passes.attention import find_attention
 from splitfold.passes.attention_block import Attention, AttentionForm, Operand, TermKind
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
 from splitfold.passes.dims import Dim
-from splitfold.passes.opset import default_opset, raise_opset
+from splitfold.passes.later_operators import make_available
 from splitfold.passes.symbolic_shapes import SymbolicShapes, symbolic_shapes
 from splitfold.passes.values import (
     drop_computed,
     emit,
-    forget_names,
     int_attribute,
     ints_attribute,
     replace_value,
 )
-from splitfold.runtime.target import Target
 
 __all__ = ["FuseCachedAttentionPass"]
 
 _OPSET = 23
+_OPERATOR = "Attention"
 """The operator is there from this version on."""
 _REPEATING = ("Reshape", "Expand", "Unsqueeze")
 """How heads of keys and values are repeated for groups, from the product back."""
@@ -62,7 +61,7 @@ class FuseCachedAttentionPass(LayerPass):
         self.check_patterns(block.name for block, _ in found)
         reason = ""
         if any(isinstance(parts, _Parts) for _, parts in found):
-            reason = _raised(model, context.target)
+            reason = make_available(model, _OPERATOR, _OPSET, context.target)
             found = self._found(model)  # of the raised model
         changed = False
         for block, parts in found:
@@ -89,17 +88,6 @@ class _Parts:
     inputs: Sequence[ir.Value | None]
     keys: ir.Node
     values: ir.Node
-
-
-def _raised(model: ir.Model, target: Target) -> str:
-    """Raise the model to the operator's opset; return why it stayed, or nothing."""
-    if default_opset(model) >= _OPSET:
-        return ""
-    if target.opset < _OPSET:
-        return f"the operator needs opset {_OPSET}: target {target.name} runs opset {target.opset}"
-    reason = raise_opset(model, _OPSET) or ""
-    forget_names(model)
-    return f"the operator needs opset {_OPSET}: {reason}" if reason else ""
 
 
 def _parts(block: Attention, shapes: SymbolicShapes) -> _Parts | str:

@@ -109,7 +109,7 @@ def test_what_stands_between_heads_and_their_merging_stays(step: str) -> None:
 def test_a_target_of_an_older_opset_keeps_the_block() -> None:
     model, _ = attention_graph()
     record = fused(model, target=dataclasses.replace(Target.cpu(), opset=20))
-    assert record.skipped[0][1] == "the operator needs opset 23: target cpu runs opset 20"
+    assert record.skipped[0][1] == "Attention needs opset 23: target cpu runs opset 20"
     assert default_opset(model) == 20
 
 

@@ -12,6 +12,7 @@ from splitfold.passes.opset import default_opset
 from splitfold.passes.pipeline import PassRecord, Pipeline
 from splitfold.runtime.feeds import Array
 from splitfold.runtime.session import Optimization, Session
+from splitfold.runtime.target import Target
 
 HEADS, KEPT, SIZE, SCALE = 6, 2, 4, 0.3
 JOIN = """
@@ -131,3 +132,12 @@ def test_new_positions_before_the_past_stay() -> None:
     join.replace_input_with(0, new)
     join.replace_input_with(1, past)
     assert not fused(model).modified
+
+
+def test_a_target_without_the_operator_keeps_it_written_out() -> None:
+    model = graph(opset=20)
+    steps = Pipeline.parse("canonicalize,fuse-cached-attention")
+    record = steps.run(model, Context(target=Target.openvino()))[-1]
+    assert not record.modified
+    assert record.skipped == (("node_p", "target openvino has no kernel for Attention"),)
+    assert default_opset(model) == 20

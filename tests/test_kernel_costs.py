@@ -15,6 +15,7 @@ import onnx_ir as ir
 import pytest
 from command_line import Run, assert_failed
 from small import WIDTH, mlp, samples
+from test_kernel_models import KERNELS, SMALL
 
 from splitfold.compiler.target_costs import known_costs, measure_costs, model_cases
 from splitfold.passes.base import Context
@@ -41,34 +42,6 @@ from splitfold.runtime.errors import ArtifactError, SessionError
 from splitfold.runtime.target import Target
 
 MACHINE = Machine("a processor", 2, 0, "1.0")
-SMALL = {
-    Operation.MATMUL: (5, 48, 40),
-    Operation.CONV: (1, 8, 16, 9, 9, 3, 2, 2),
-    Operation.SOFTMAX: (6, 20),
-    Operation.NORM: (6, 32),
-    Operation.GELU: (6, 32),
-    Operation.ATTENTION: (2, 4, 8, 16),
-    Operation.QUANTIZE: (100,),
-    Operation.DEQUANTIZE: (100,),
-    Operation.CAST: (100,),
-}
-KERNELS = [kernel for kernels in FORMS.values() for kernel in kernels]
-NODES = {
-    "matmul/fp32": {"MatMul"},
-    "matmul/int8-dynamic": {"DynamicQuantizeMatMul"},
-    "matmul/int8-static": {"QuantizeLinear", "MatMulIntegerToFloat"},
-    "matmul/int8-qdq": {"QuantizeLinear", "MatMulIntegerToFloat"},
-    "conv/int8-static": {"QLinearConv", "Transpose"},
-    "conv/int8-dynamic": {"DynamicQuantizeLinear", "ConvInteger", "Cast", "Mul"},
-    "softmax/int8": {"QLinearSoftmax"},
-    "norm/fp32": {"Sum", "LayerNormalization"},
-    "norm/fused": {"SkipLayerNormalization"},
-    "gelu/fused": {"Gelu"},
-    "attention/fused": {"MultiHeadAttention"},
-    "attention/standard": {"Attention"},
-    "quantize/dynamic": {"DynamicQuantizeLinear"},
-}
-"""What the runtime really executes."""
 
 
 def _sample(milliseconds: float) -> Sample:

@@ -165,6 +165,15 @@ def test_a_substitution_is_recorded_with_what_it_did_to_outliers() -> None:
     assert "outliers" not in without.manifest
 
 
+def test_a_model_that_cannot_be_run_is_compiled_all_the_same() -> None:
+    stranger = model()
+    product = next(node for node in stranger.graph if node.name == "norm")
+    product.domain, product.op_type = "nobody", "Norm"
+    stranger.opset_imports["nobody"] = 1
+    made = compile(stranger, pipeline="clip-softmax{gamma=-0.3}", calibration=[feeds()], speed=None)
+    assert "nobody" in made.manifest["outliers"]["not_measured"]
+
+
 def test_a_report_shows_the_outliers_of_both_models() -> None:
     data = [feeds(0), feeds(1)]
     made = compile(model(), pipeline="canonicalize,clip-softmax{gamma=-0.3}", calibration=data, speed=None)
