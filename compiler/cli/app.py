@@ -11,7 +11,7 @@ from splitfold.compiler.cli.bench_command import bench_command
 from splitfold.compiler.cli.bisect_command import bisect_command
 from splitfold.compiler.cli.calibrate_target_command import calibrate_target_command
 from splitfold.compiler.cli.compare_command import compare_command
-from splitfold.compiler.cli.compile_command import compile_command
+from splitfold.compiler.cli.compile_command import COMPILE_HELP, compile_command
 from splitfold.compiler.cli.demo_command import demo_command
 from splitfold.compiler.cli.diff_command import diff_command
 from splitfold.compiler.cli.drift_command import drift_command
@@ -22,7 +22,7 @@ from splitfold.compiler.cli.opt_command import opt_command
 from splitfold.compiler.cli.outliers_command import outliers_command
 from splitfold.compiler.cli.output import out
 from splitfold.compiler.cli.passes_command import passes_command
-from splitfold.compiler.cli.plan_command import plan_command
+from splitfold.compiler.cli.plan_command import PLAN_HELP, plan_command
 from splitfold.compiler.cli.profile_command import profile_command
 from splitfold.compiler.cli.replay_command import replay_command
 from splitfold.compiler.cli.report_command import report_command
@@ -66,10 +66,10 @@ def root(
     """
 
 
-app.command("compile")(compile_command)
+app.command("compile", help=COMPILE_HELP)(compile_command)
 app.command("opt")(opt_command)
 app.command("passes")(passes_command)
-app.command("plan")(plan_command)
+app.command("plan", help=PLAN_HELP)(plan_command)
 app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 app.command("diff")(diff_command)

@@ -23,6 +23,7 @@ from splitfold.runtime.costs.machine import Machine
 from splitfold.runtime.costs.measure import SessionMeter
 from splitfold.runtime.costs.table import KernelCosts
 from splitfold.runtime.model_file import model_path, read_model
+from splitfold.runtime.target import Target
 
 __all__ = ["calibrate_target_command"]
 
@@ -63,15 +64,29 @@ def calibrate_target_command(
       splitfold compile model.onnx -o out --target target.json
     """
     place, here = parse_target(target), Machine.here(threads)
-    cases = list(common_cases())
-    if model is not None:
-        read = read_model(model_path(model))
-        feeds, words = open_data(data, read, batch=batch)
-        cases, unknown = model_cases(read, first_feeds(feeds), place)
-        say("shapes", f"of {model} on {words}")
-        if unknown:
-            say("unknown", f"the shapes of {', '.join(unknown)}")
+    cases = list(common_cases()) if model is None else _own_cases(model, data, batch, place)
     known = known_costs(output, here)
+    meter = SessionMeter(place, threads=threads, seconds=seconds)
+    found = _measured(KernelCosts(here, {}) if again else known, cases, meter)
+    costs = known.with_samples(found.costs.samples)
+    _print(found, costs, cases)
+    write_costs(costs, output)
+    say("written", output)
+
+
+def _own_cases(model: Path, data: str | None, batch: int, place: Target) -> list[Case]:
+    """Return what the model needs measured, and print what is not known of it."""
+    read = read_model(model_path(model))
+    feeds, words = open_data(data, read, batch=batch)
+    cases, unknown = model_cases(read, first_feeds(feeds), place)
+    say("shapes", f"of {model} on {words}")
+    if unknown:
+        say("unknown", f"the shapes of {', '.join(unknown)}")
+    return cases
+
+
+def _measured(known: KernelCosts, cases: Sequence[Case], meter: SessionMeter) -> CostsMeasured:
+    """Measure what is not known, behind a bar."""
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -82,18 +97,11 @@ def calibrate_target_command(
         disable=not errors().is_terminal,
     ) as progress:
         bar = progress.add_task("shapes", total=None)
-        found = measure_costs(
-            KernelCosts(here, {}) if again else known,
-            cases,
-            SessionMeter(place, threads=threads, seconds=seconds),
-            tell=lambda done, total, what: progress.update(
-                bar, description=what, completed=done, total=total
-            ),
-        )
-    costs = known.with_samples(found.costs.samples)
-    _print(found, costs, cases)
-    write_costs(costs, output)
-    say("written", output)
+
+        def tell(done: int, total: int, what: str) -> None:
+            progress.update(bar, description=what, completed=done, total=total)
+
+        return measure_costs(known, cases, meter, tell=tell)
 
 
 def _print(found: CostsMeasured, costs: KernelCosts, cases: Sequence[Case]) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,16 +64,19 @@ from splitfold.compiler.cli.session_options import (
     say_session,
 )
 from splitfold.compiler.cli.speed_options import IfSlowerOption, SpeedSecondsOption, parse_speed, say_speed
+from splitfold.compiler.compiled import Compiled
 from splitfold.compiler.debug.report import REPORT_FILE, check_report
+from splitfold.compiler.debug.snapshots import Snapshots
 from splitfold.compiler.driver import compile
 from splitfold.compiler.locate import Located, locate_data, locate_model
 from splitfold.compiler.presets import mixed
 from splitfold.compiler.progress import Progress
 from splitfold.compiler.tolerance import Budget
-from splitfold.runtime.artifact import Artifact
+from splitfold.passes.pipeline import Pipeline
 from splitfold.runtime.model_file import MODEL_FILE, check_folder, model_path
+from splitfold.runtime.target import Target
 
-__all__ = ["compile_command"]
+__all__ = ["COMPILE_HELP", "compile_command"]
 
 
 OverwriteOption = Annotated[
@@ -79,6 +85,53 @@ OverwriteOption = Annotated[
 ReportOption = Annotated[
     bool, typer.Option("--report", help="Also write DIR/report.html: what was done, layer by layer.")
 ]
+
+
+COMPILE_HELP = """Compile MODEL into a verified artifact: model.onnx for plain ONNX Runtime, manifest.json.
+
+A function package.module:function (the current folder is on the path) returns (module, example_inputs) or
+(module, example_inputs, dynamic_shapes), as torch.export.export takes them.
+
+Every pass says what it applied and why it skipped the rest. The outputs of the result are compared with
+the model's own, and a result beyond the tolerance is not written. Its speed is compared with the model's
+own too; where it would be slower, layers of a preset go to dynamic int8 or back to float.
+
+With --evaluate and --max-drop the plans of the pipeline's assign-precision are searched for the smallest
+model that keeps the metric.
+
+\b
+Example:
+  splitfold compile resnet.onnx -o out --preset int8 --calibration images.npz --tolerance cosine=0.99
+  splitfold compile mypackage.models:small_bert -o out --preset int4
+  splitfold compile resnet.onnx -o out --calibration cal.npz --evaluate metrics:correct --max-drop 0.005
+"""
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Where the artifact goes, and in which form."""
+
+    path: Path
+    overwrite: bool
+    report: bool
+    offline: bool
+
+    def check(self) -> None:
+        """Raise before anything is compiled where the result could not be written."""
+        check_folder(self.path, overwrite=self.overwrite)
+        if self.report:
+            check_report()
+
+    def write(self, artifact: Compiled, source: Located) -> None:
+        """Write the artifact and its report, and print their sizes."""
+        if self.offline:
+            artifact.save_optimized(self.path, overwrite=self.overwrite, feeds=artifact.source.feeds)
+        else:
+            artifact.save(self.path, overwrite=self.overwrite)
+        say_session(artifact.target.options)
+        _print_sizes(artifact, source, self.path)
+        if self.report:
+            say("report", artifact.write_report(self.path / REPORT_FILE))
 
 
 def compile_command(
@@ -113,76 +166,73 @@ def compile_command(
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compile MODEL into a verified artifact: model.onnx for plain ONNX Runtime, and manifest.json.
-
-    A function package.module:function (the current folder is on the path) returns (module, example_inputs) or
-    (module, example_inputs, dynamic_shapes), as torch.export.export takes them.
-
-    Every pass says what it applied and why it skipped the rest. The outputs of the result are compared with
-    the model's own, and a result beyond the tolerance is not written. Its speed is compared with the model's
-    own too; where it would be slower, layers of a preset go to dynamic int8 or back to float.
-
-    With --evaluate and --max-drop the plans of the pipeline's assign-precision are searched for the smallest
-    model that keeps the metric.
-
-    \b
-    Example:
-      splitfold compile resnet.onnx -o out --preset int8 --calibration images.npz --tolerance cosine=0.99
-      splitfold compile mypackage.models:small_bert -o out --preset int4
-      splitfold compile resnet.onnx -o out --calibration cal.npz --evaluate metrics:correct --max-drop 0.005
-    """
+    """Compile MODEL; the command's help is COMPILE_HELP."""
     check_search(evaluate, max_drop, both=False)
-    search = parse_search(goal, limit, seconds, confidence, cache, jobs, strict)
-    chosen = (preset, pipeline, recipe)
     place = parse_target(target).with_options(parse_session(session))
-    steps = mixed() if max_drop is not None and not any(chosen) else choose_pipeline(*chosen, place)
-    limits, choice = parse_tolerance(tolerance), parse_unrealised(unrealised)
-    failures, speed = reproducers_in(reproducers, no_reproducer), parse_speed(if_slower, speed_seconds)
-    check_folder(output, overwrite=overwrite)
-    if report:
-        check_report()
+    make = partial(
+        compile,
+        pipeline=_steps(place, preset, pipeline, recipe, searched=max_drop is not None),
+        target=place,
+        tolerance=parse_tolerance(tolerance),
+        unrealised=parse_unrealised(unrealised),
+        evaluate=None if evaluate is None else parse_metric(evaluate),
+        budget=Budget(max_drop=max_drop),
+        search=parse_search(goal, limit, seconds, confidence, cache, jobs, strict),
+        speed=parse_speed(if_slower, speed_seconds),
+        reproducers=reproducers_in(reproducers, no_reproducer),
+    )
+    folder = _Folder(output, overwrite, report, offline_optimized)
+    folder.check()
     taken = snapshots_in(snapshots, model=model, output=output, overwrite=overwrite)
     source = locate_model(model)
+    artifact = _compiled(make, source, inputs, calibration, taken)
+    _print(artifact, verbose=verbose)
+    folder.write(artifact, source)
+    say_snapshots(taken)
+
+
+def _steps(
+    target: Target, preset: str | None, pipeline: str | None, recipe: Path | None, *, searched: bool
+) -> Pipeline:
+    """Return the pipeline that was asked for; a search without one mixes precisions."""
+    if searched and not any((preset, pipeline, recipe)):
+        return mixed()
+    return choose_pipeline(preset, pipeline, recipe, target)
+
+
+def _compiled(
+    make: Callable[..., Compiled],
+    source: Located,
+    inputs: Path | None,
+    calibration: str | None,
+    taken: tuple[Snapshots, ...],
+) -> Compiled:
+    """Return what `make`, a compile with its settings, makes of the model, its progress shown."""
     feeds = read_inputs(inputs)
     with Progress(errors()) as progress:
-        artifact = compile(
+        return make(
             source.model,
             feeds if feeds is not None else source.example_inputs,
-            pipeline=steps,
-            target=place,
             calibration=None if calibration is None else progress.watch(locate_data(calibration)),
-            tolerance=limits,
             dynamic_shapes=source.dynamic_shapes,
             observers=[progress, TellTrials(), *taken],
-            unrealised=choice,
-            evaluate=None if evaluate is None else parse_metric(evaluate),
-            budget=Budget(max_drop=max_drop),
-            search=search,
-            speed=speed,
-            reproducers=failures,
         )
+
+
+def _print(artifact: Compiled, *, verbose: bool) -> None:
     if artifact.search is not None:
         say_search(artifact.search)
     print_report(artifact, verbose=verbose)
     _print_metric(artifact)
     say_speed(artifact.speed, verbose=verbose)
-    if offline_optimized:
-        artifact.save_optimized(output, overwrite=overwrite, feeds=artifact.source.feeds)
-    else:
-        artifact.save(output, overwrite=overwrite)
-    say_session(artifact.target.options)
-    _print_sizes(artifact, source, output)
-    if report:
-        say("report", artifact.write_report(output / REPORT_FILE))
-    say_snapshots(taken)
 
 
-def _print_metric(artifact: Artifact) -> None:
+def _print_metric(artifact: Compiled) -> None:
     if (metric := artifact.manifest["metric"]) is not None:
         say("metric", f"{metric['before']:.6g} > {metric['after']:.6g}")
 
 
-def _print_sizes(artifact: Artifact, source: Located, output: Path) -> None:
+def _print_sizes(artifact: Compiled, source: Located, output: Path) -> None:
     before, after = artifact.records[0].bytes_before, artifact.records[-1].bytes_after
     say("weights", f"{megabytes(before)} > {megabytes(after)} ({_percent(after, before)})")
     if isinstance(source.model, Path):

@@ -51,7 +51,7 @@ from splitfold.passes.plan import PrecisionPlan, plan_text
 from splitfold.passes.spec import parse_pass
 from splitfold.runtime.errors import ArtifactError
 
-__all__ = ["plan_command"]
+__all__ = ["PLAN_HELP", "plan_command"]
 
 _ROWS = 9
 """Plans of the front that are shown."""
@@ -79,6 +79,18 @@ PictureOption = Annotated[
 ]
 
 
+PLAN_HELP = """Plan which layer gets which precision, and print it with its reasons; nothing is compiled.
+
+Shown beside it: the Pareto front, the best plans for other sizes. With --evaluate and --max-drop the
+budget is the metric: plans of the front are carried out and measured.
+
+\b
+Example:
+  splitfold plan model.onnx --calibration cal.npz --options 'budget=[4.5bits]' -o plan.toml
+  splitfold compile model.onnx -o out --pipeline 'assign-precision{plan=plan.toml}' --calibration cal.npz
+"""
+
+
 def plan_command(
     model: ModelArgument,
     options: PassOptions = "",
@@ -100,23 +112,10 @@ def plan_command(
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Plan which layer gets which precision, and print it with its reasons; nothing is compiled.
-
-    Shown beside it: the Pareto front, the best plans for other sizes. With --evaluate and --max-drop the
-    budget is the metric: plans of the front are carried out and measured.
-
-    \b
-    Example:
-      splitfold plan model.onnx --calibration cal.npz --options 'budget=[4.5bits]' -o plan.toml
-      splitfold compile model.onnx -o out --pipeline 'assign-precision{plan=plan.toml}' --calibration cal.npz
-    """
+    """Print the plan of MODEL; the command's help is PLAN_HELP."""
     check_search(evaluate, max_drop, both=True)
     search = parse_search(goal, limit, seconds, confidence, cache, jobs, strict)
-    with usage("--options"):
-        step = parse_pass(f"{AssignPrecisionPass.name}{{{options}}}", (AssignPrecisionPass,))
-    with usage("--before"):
-        first = Pipeline.parse(before or "")
-    assert isinstance(step, AssignPrecisionPass)
+    step, first = _pass(options), _first(before)
     _check_folders(output, picture)
     source, example, place = locate_model(model), read_inputs(inputs), parse_target(target)
     with errors().status("measuring the layers"):
@@ -130,22 +129,29 @@ def plan_command(
             target=place,
             timed=max_drop is not None and search.goal is Goal.FASTEST,
         )
-    plan = (
-        _searched(planning, evaluate, max_drop, search)
-        if evaluate and max_drop is not None
-        else planning.plan()
-    )
+    plan = planning.plan() if evaluate is None else _searched(planning, evaluate, max_drop, search)
     _print_layers(planning, plan)
     _print_front(planning, plan)
-    for file, text in (
-        (output, plan_text(plan)),
-        (picture, front_picture(planning.allocation, plan, f"{model}: {planning.allocation.scores.signal}")),
-    ):
-        if file is not None:
-            _write(file, text)
+    _write(output, plan_text(plan))
+    _write(picture, front_picture(planning.allocation, plan, f"{model}: {planning.allocation.scores.signal}"))
 
 
-def _searched(planning: Planning, evaluate: str, max_drop: float, search: Search) -> PrecisionPlan:
+def _pass(options: str) -> AssignPrecisionPass:
+    """Return the pass of ``--options``."""
+    with usage("--options"):
+        step = parse_pass(f"{AssignPrecisionPass.name}{{{options}}}", (AssignPrecisionPass,))
+    assert isinstance(step, AssignPrecisionPass)
+    return step
+
+
+def _first(before: str | None) -> Pipeline:
+    """Return the pipeline of ``--before``."""
+    with usage("--before"):
+        return Pipeline.parse(before or "")
+
+
+def _searched(planning: Planning, evaluate: str, max_drop: float | None, search: Search) -> PrecisionPlan:
+    assert max_drop is not None  # check_search asks for both or neither
     metric = parse_metric(evaluate)
     found = search_plan(planning, metric, max_drop, search=search, observers=[TellTrials()])
     say_search(found)
@@ -204,7 +210,9 @@ def _check_folders(*files: Path | None) -> None:
             raise ArtifactError(f"no such folder: {file.parent}")
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path | None, text: str) -> None:
+    if file is None:
+        return
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
