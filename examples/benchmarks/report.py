@@ -126,15 +126,19 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     """The timing of each run, all of them timed in turn in each round; the first is fp32.
 
     Other load on the machine hits all of them alike; a ratio is taken in each round, then the median of them.
+    Each round has an order of its own, drawn by a seed: who always runs behind a large model finds the caches
+    emptied by it.
     """
+    order, turns = list(runs), np.random.default_rng(0)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
         run()
     for _ in range(rounds):
-        for name, run in runs.items():
+        turns.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            run()
+            runs[name]()
             times[name].append(time.perf_counter() - start)
     base = np.array(times[next(iter(runs))])
     found = {}
