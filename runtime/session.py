@@ -22,6 +22,7 @@ from splitfold.runtime.openvino import add_openvino, why_no_openvino
 from splitfold.runtime.options import SessionOptions
 from splitfold.runtime.placement import PlacedNode, Placement
 from splitfold.runtime.target import OPENVINO_PROVIDER, Target
+from splitfold.runtime.weightless import lendable, serialized
 
 __all__ = [
     "Held",
@@ -96,49 +97,62 @@ class Session:
         taps: Sequence[str] = (),
         profile: Path | None = None,
     ) -> None:
-        asked = (target or Target.cpu()).options
-        threads = threads or asked.threads
+        self._asked = (target or Target.cpu()).options
+        self._threads = threads or self._asked.threads
         self._target = _as_run(target or Target.cpu(), optimization)
-        self._options = _options(asked, threads, optimization)
-        self._disabled = list(asked.disabled_optimizers) or None
+        self._optimization = optimization
         if profile is not None and self._target.compiles:
             raise SessionError(
                 f"target {self._target.name} compiles the graph: no kernel can be timed; profile on cpu."
             )
-        self._providers = _providers(self._options, self._target, threads)
-        if profile is not None:
-            self._options.enable_profiling = True
-            self._options.profile_file_prefix = str(profile / "events")
-            self._optimized = _keep_optimized(self._options, profile)
+        self._profile = profile
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._lent: list[ort.OrtValue] = []
         self._model = model
-        self._session = self._open(_with_taps(model, taps) if taps else model)
+        self._session = self._open(taps)
         self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         names = tuple(value.name for value in self._session.get_outputs())
         self.outputs: tuple[str, ...] = names[: len(names) - _added(model, taps)]
         """Names of the model's own outputs, in order."""
         self._known = set(names)
 
-    def _open(self, model: ir.Model | str | Path) -> ort.InferenceSession:
+    def _open(self, taps: Sequence[str]) -> ort.InferenceSession:
+        options = _options(self._asked, self._threads, self._optimization)
+        providers = _providers(options, self._target, self._threads)
+        if self._profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._profile / "events")
+            self._optimized = _keep_optimized(options, self._profile)
+        disabled = list(self._asked.disabled_optimizers) or None
         try:
             return ort.InferenceSession(
-                self._source(model),
-                self._options,
-                providers=self._providers,
-                disabled_optimizers=self._disabled,
+                self._source(taps, options), options, providers=providers, disabled_optimizers=disabled
             )
+        except SessionError:
+            raise
         except Exception as error:
-            raise SessionError(
-                f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}"
-            ) from error
+            raise _refused(error) from error
 
-    def _source(self, model: ir.Model | str | Path) -> str | bytes:
-        if isinstance(model, str | Path):
-            return str(model)
-        if weight_bytes(model) < _IN_MEMORY_BELOW:
-            return bytes(ir.to_proto(self_contained(model)).SerializeToString())
+    def _source(self, taps: Sequence[str], options: ort.SessionOptions) -> str | bytes:
+        """Return what the runtime opens; weights that it is lent go into `options`, and live as long as this
+        session."""
+        if isinstance(self._model, str | Path) and not taps:
+            return str(self._model)
+        model = self._model if isinstance(self._model, ir.Model) else read_model(Path(self._model))
+        # a provider that compiles looks for the weights in the model
+        lent = {} if self._target.compiles else lendable(model)
+        if weight_bytes(model) - sum(array.nbytes for array in lent.values()) >= _IN_MEMORY_BELOW:
+            return self._written(model.clone(), taps)
+        whole = self_contained(model)
+        made = serialized(whole, _tapped(whole, taps), lent)
+        self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
+        options.add_external_initializers(list(lent), self._lent)
+        return made
+
+    def _written(self, copy: ir.Model, taps: Sequence[str]) -> str:
+        copy.graph.outputs[:] = _tapped(copy, taps)
         self._scratch = tempfile.TemporaryDirectory(prefix="splitfold-session-")
-        return str(write_model(model.clone(), Path(self._scratch.name))[0])
+        return str(write_model(copy, Path(self._scratch.name))[0])
 
     def run(self, feeds: Feeds, taps: Sequence[str] = ()) -> dict[str, Array]:
         """Run the model once and return its outputs, and the values named in `taps`, by name.
@@ -148,9 +162,7 @@ class Session:
         """
         names = [*self.outputs, *(tap for tap in taps if tap not in self.outputs)]
         if unknown := set(taps) - self._known:
-            self._session = self._open(
-                _with_taps(self._model, [*self._known - set(self.outputs), *sorted(unknown)])
-            )
+            self._session = self._open([*self._known - set(self.outputs), *sorted(unknown)])
             self._known |= unknown
         try:
             results = self._session.run(names, {name: np.asarray(feeds[name]) for name in feeds})
@@ -262,15 +274,17 @@ def _added(model: ir.Model | str | Path, taps: Sequence[str]) -> int:
     return len(set(taps) - {value.name for value in outputs})
 
 
-def _with_taps(model: ir.Model | str | Path, taps: Sequence[str]) -> ir.Model:
-    tapped = model.clone() if isinstance(model, ir.Model) else read_model(Path(model))
-    present = {value.name for value in tapped.graph.outputs}
-    values = {value.name: value for node in tapped.graph for value in node.outputs}
-    values |= {value.name: value for value in tapped.graph.inputs}
+def _tapped(model: ir.Model, taps: Sequence[str]) -> list[ir.Value]:
+    """Return the model's outputs, and the values named in `taps` that are none."""
+    outputs = list(model.graph.outputs)
+    if not taps:
+        return outputs
+    present = {value.name for value in outputs}
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    values |= {value.name: value for value in model.graph.inputs}
     if missing := [tap for tap in taps if tap not in values]:
         raise SessionError(f"no value named '{missing[0]}' at the top level of the graph to tap.")
-    tapped.graph.outputs.extend(values[tap] for tap in dict.fromkeys(taps) if tap not in present)
-    return tapped
+    return [*outputs, *(values[tap] for tap in dict.fromkeys(taps) if tap not in present)]
 
 
 def optimized_graph(model: ir.Model | Path, target: Target) -> ir.Model:
@@ -300,10 +314,12 @@ def write_optimized(model: ir.Model | Path, target: Target, folder: Path) -> Pat
     try:
         ort.InferenceSession(str(source), options, providers=[target.provider], disabled_optimizers=disabled)
     except Exception as error:
-        raise SessionError(
-            f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}"
-        ) from error
+        raise _refused(error) from error
     return written
+
+
+def _refused(error: Exception) -> SessionError:
+    return SessionError(f"ONNX Runtime {ort.__version__} cannot open the model: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
