@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +11,9 @@ import onnx_ir as ir
 from splitfold.passes.affine import ActivationGrid, activation_grid
 from splitfold.passes.fold import multiply_input
 from splitfold.passes.foldable import ScaleGroup
-from splitfold.passes.layers import Layer, find_layers
+from splitfold.passes.layers import Layer
 from splitfold.passes.static_int8 import trial_carrier
-from splitfold.passes.trial import local_sqnr
-from splitfold.passes.values import forget_names
+from splitfold.passes.trial import Trial
 from splitfold.runtime.calibration import Calibration
 from splitfold.runtime.feeds import Array
 from splitfold.runtime.target import Target
@@ -46,37 +45,34 @@ def try_scales(
         for group, found in scales.items()
         for layer in group.layers
     }
-    plain = _trial(model, factors, {}, seen, calibration, target)
-    scaled = _trial(model, factors, factors, seen, calibration, target)
+    trial = Trial(model)
+    layers = [layer for layer in trial.layers if layer.output.name in factors]
+    grids = {name: _grid(*seen[name]) for name in {layer.input.name or "" for layer in layers}}
+    trial.add(trial_carrier(layers, grids, _LEVELS))
+    grids = _scaled(layers, factors, seen)
+    trial.add(trial_carrier([layer.current() for layer in layers], grids, _LEVELS))
+    plain, scaled = trial.measure(calibration, target)
     return plain, scaled
 
 
-def _trial(
-    model: ir.Model,
-    tried: Mapping[str, Array],
-    factors: Mapping[str, Array],
-    seen: Mapping[str, tuple[Array, Array]],
-    calibration: Calibration,
-    target: Target,
-) -> Mapping[str, float]:
-    """Return the static int8 SQNR of the layers that make the values `tried`, inputs divided by `factors`."""
-    copy = model.clone()
-    forget_names(copy)
+def _scaled(
+    layers: Sequence[Layer], factors: Mapping[str, Array], seen: Mapping[str, tuple[Array, Array]]
+) -> dict[str, ActivationGrid]:
+    """Divide the inputs of `layers` by `factors` in front of their readers, and return the new inputs' grids
+    by name."""
     grids: dict[str, ActivationGrid] = {}
-    layers = [layer for layer in find_layers(copy)[0] if layer.output.name in tried]
     shared: dict[tuple[str, bytes], list[Layer]] = {}
     for layer in layers:
-        factor = factors.get(layer.output.name or "")
-        low, high = seen[layer.input.name or ""]
-        if factor is None:
-            grids[layer.input.name or ""] = activation_grid(float(low.min()), float(high.max()))
-        else:
-            shared.setdefault((layer.input.name or "", factor.tobytes()), []).append(layer)
-    for readers in shared.values():
+        factor = factors[layer.output.name or ""]
+        shared.setdefault((layer.input.name or "", factor.tobytes()), []).append(layer)
+    for (name, _), readers in shared.items():
         factor = factors[readers[0].output.name or ""]
-        low, high = seen[readers[0].input.name or ""]
+        low, high = seen[name]
         channels = np.arange(factor.size)
         inner = multiply_input(ScaleGroup(dict.fromkeys(readers, channels), factor.size, None), factor)
-        grids[inner.name or ""] = activation_grid(float((low / factor).min()), float((high / factor).max()))
-    current = [layer.current() for layer in layers]
-    return local_sqnr(copy, trial_carrier(current, grids, _LEVELS), calibration, target)
+        grids[inner.name or ""] = _grid(low / factor, high / factor)
+    return grids
+
+
+def _grid(low: Array, high: Array) -> ActivationGrid:
+    return activation_grid(float(low.min()), float(high.max()))

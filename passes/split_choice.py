@@ -16,7 +16,7 @@ from splitfold.passes.emit_parts import emit_branch
 from splitfold.passes.layers import Layer, LayerKind
 from splitfold.passes.part_codes import Grain, Grouping, PartGrid, code_parts
 from splitfold.passes.split_weight import matrix_of, split_parts, weight_of
-from splitfold.passes.trial import local_sqnr
+from splitfold.passes.trial import Trial
 from splitfold.passes.values import add_initializer
 from splitfold.passes.weight_forms import stored_bytes
 from splitfold.runtime.calibration import Calibration
@@ -168,9 +168,10 @@ def offers(
         size = quantizer.split(matrix, index)[1]
         return quantizer.plain(matrix, quantizer.wider(size, matrix.shape))[0]
 
-    measured = [
-        local_sqnr(model, _carrier(by_output, how), calibration, target) for how in (plain, split, wider)
-    ]
+    trial = Trial(model)
+    for how in (plain, split, wider):
+        trial.add(_carrier(by_output, how))
+    measured = trial.measure(calibration, target)
     groups: dict[str, list[Layer]] = {}
     for layer in indices:
         groups.setdefault(layer.name, []).append(layer)

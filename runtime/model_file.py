@@ -34,6 +34,8 @@ MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _EXTERNAL_ABOVE = 1_500_000_000
 """Bytes of weights above which they go to a file of their own: protobuf ends at 2 GB."""
+_UNPACKED_FROM = 1024
+"""Bytes from which on a weight is taken out of the protobuf."""
 
 
 def model_path(place: str | Path) -> Path:
@@ -76,6 +78,7 @@ def read_model(path: Path) -> ir.Model:
     _check_external(model, path)
     if weight_bytes(model) <= _EXTERNAL_ABOVE:
         _embed(model)
+    _unpack(model)
     return model
 
 
@@ -94,6 +97,22 @@ def _embed(model: ir.Model) -> None:
     for value in _initializers(model):
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _view(value.const_value, files)
+
+
+def _unpack(model: ir.Model) -> None:
+    """Take the bytes of large weights out of the protobuf that they came in, once: each look at them there
+    copies them."""
+    for value in _initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.TensorProtoTensor) and tensor.nbytes >= _UNPACKED_FROM and _plain(tensor):
+            value.const_value = ir.Tensor(
+                tensor.numpy(), tensor.dtype, name=tensor.name, doc_string=tensor.doc_string
+            )
+
+
+def _plain(tensor: ir.TensorProtoTensor) -> bool:
+    """Whether a NumPy array holds the same bytes, and nothing else is known of it."""
+    return tensor.dtype.bitwidth >= 8 and tensor.dtype is not ir.DataType.STRING and not tensor.metadata_props
 
 
 def _view(tensor: ir.ExternalTensor, files: dict[str, np.ndarray]) -> ir.TensorProtocol:
