@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from splitfold.passes.joined_weights import joined_weights
 from splitfold.passes.pipeline import PassRecord
+from splitfold.passes.values import sole_consumer
 from splitfold.runtime.placement import Placement
 from splitfold.runtime.session import Session, optimized_graph
 from splitfold.runtime.target import Target
@@ -132,10 +133,18 @@ def _unpacked(model: ir.Model) -> dict[str, str]:
     known = set(starts)
     for node in (node for graph in model.graphs() for node in graph):
         operands = [value for value in node.inputs if value is not None]
-        if node.op_type != "DequantizeLinear" and operands and known.issuperset(operands):
+        kept = node.op_type != "DequantizeLinear" or _quantized_again(node)
+        if kept and operands and known.issuperset(operands):
             known.update(node.outputs)
             last.update(dict.fromkeys(operands, node.outputs[0]))
     return {name: _end(value, last).name or "" for value, name in starts.items() if value in last}
+
+
+def _quantized_again(node: ir.Node) -> bool:
+    """Whether what `node` dequantizes is turned and quantized again, which the runtime folds too."""
+    turned = sole_consumer(node.outputs[0])
+    last = sole_consumer(turned.outputs[0]) if turned is not None else None
+    return last is not None and last.op_type == "QuantizeLinear"
 
 
 def _end(value: ir.Value, last: Mapping[ir.Value, ir.Value]) -> ir.Value:

@@ -33,20 +33,24 @@ class DynamicCodes:
 
     def of(self, layer: Layer) -> Quantized:
         """Return codes, scale and zero point, emitted before the first layer of its graph that asks."""
-        key = (layer.input, layer.node.graph)
+        return self.before(layer.node, layer.input)
+
+    def before(self, node: ir.Node, value: ir.Value) -> Quantized:
+        """Return those of `value`, which `node` reads."""
+        key = (value, node.graph)
         if key not in self.shared:
-            self.shared[key] = _dynamic(layer)
+            self.shared[key] = _dynamic(node, value)
         return self.shared[key]
 
 
-def _dynamic(layer: Layer) -> Quantized:
-    base = layer.input.name
+def _dynamic(node: ir.Node, value: ir.Value) -> Quantized:
+    base = value.name
     codes = emit(
-        layer.node,
+        node,
         "DynamicQuantizeLinear",
-        [layer.input],
+        [value],
         names=[f"{base}_codes", f"{base}_dynamic_scale", f"{base}_dynamic_zero"],
-        like=layer.input,
+        like=value,
         dtype=ir.DataType.UINT8,
     )
     producer = codes.producer()

@@ -24,6 +24,7 @@ __all__ = [
     "carry_static",
     "fake_quantize",
     "int8_weight",
+    "multiply_dynamic",
     "weight_graph",
     "with_bias",
 ]
@@ -192,16 +193,23 @@ def _dequantized_bias(layer: Layer, scales: Array, input_scale: np.float32) -> i
 def carry_dynamic(
     layer: Layer, quantized: tuple[ir.Value, ir.Value, ir.Value], weight: Int8Weight
 ) -> Carried:
-    """Emit x W as MatMulInteger, `quantized` being the outputs of DynamicQuantizeLinear(x).
+    """Emit x W as MatMulInteger, `quantized` being the outputs of DynamicQuantizeLinear(x), and the bias."""
+    result = multiply_dynamic(layer.node, layer.output, quantized, weight)
+    return Carried(with_bias(layer, result), weight.name)
 
-    y = MatMulInteger(q, W, zx) * (sx * sw) [+ bias]: the runtime fuses this to DynamicQuantizeMatMul or
+
+def multiply_dynamic(
+    at: ir.Node, out: ir.Value, quantized: tuple[ir.Value, ir.Value, ir.Value], weight: Int8Weight
+) -> ir.Value:
+    """Emit, before the node `at`, what has the shape of `out` and stands in its place.
+
+    y = MatMulInteger(q, W, zx) * (sx * sw): the runtime fuses this to DynamicQuantizeMatMul or
     MatMulIntegerToFloat.
     """
     data, data_scale, data_zero = quantized
-    out = layer.output
     base = out.name
     whole = emit(
-        layer.node,
+        at,
         "MatMulInteger",
         [data, weight.value, data_zero, weight.zero_points],
         names=[f"{base}_sum"],
@@ -209,16 +217,10 @@ def carry_dynamic(
         dtype=ir.DataType.INT32,
     )
     real = emit(
-        layer.node,
-        "Cast",
-        [whole],
-        attributes={"to": ir.DataType.FLOAT.value},
-        names=[f"{base}_cast"],
-        like=out,
+        at, "Cast", [whole], attributes={"to": ir.DataType.FLOAT.value}, names=[f"{base}_cast"], like=out
     )
-    step = emit(layer.node, "Mul", [data_scale, weight.scales], names=[f"{base}_step"], like=weight.scales)
-    result = emit(layer.node, "Mul", [real, step], names=[f"{base}_product"], like=out)
-    return Carried(with_bias(layer, result), weight.name)
+    step = emit(at, "Mul", [data_scale, weight.scales], names=[f"{base}_step"], like=weight.scales)
+    return emit(at, "Mul", [real, step], names=[f"{base}_product"], like=out)
 
 
 def with_bias(layer: Layer, result: ir.Value) -> ir.Value:

@@ -34,6 +34,7 @@ from splitfold.passes.split_activations import SplitActivationsPass
 from splitfold.passes.split_layers import SplitLayersPass
 from splitfold.passes.split_outliers import SplitOutliersPass
 from splitfold.passes.unfuse_norms import UnfuseNormsPass
+from splitfold.passes.widen_blocks import WidenBlocksPass
 
 __all__ = ["PASSES"]
 
@@ -46,6 +47,7 @@ PASSES: tuple[type[Pass], ...] = (
     QuantizeActivationsPass,
     QuantizeDynamicPass,
     QuantizeWeightsPass,
+    WidenBlocksPass,
     QuantizeEmbeddingsPass,
     QuantizePartsPass,
     SimplifyReshapesPass,

@@ -30,11 +30,21 @@ from splitfold.runtime.options import SessionOptions
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 
-__all__ = ["MANIFEST_FILE", "MANIFEST_KEY", "Artifact", "read_manifest"]
+__all__ = [
+    "MANIFEST_FILE",
+    "MANIFEST_KEY",
+    "PARTS_KEY",
+    "Artifact",
+    "check_files",
+    "named_target",
+    "read_manifest",
+]
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+PARTS_KEY = "parts"
+"""Key of the manifest of a bundle under which the manifests of its parts stand."""
 MANIFEST_KEY = "splitfold.manifest"
 """Key of the model's own metadata under which the manifest travels, so that a bare ``.onnx`` can be replayed.
 """
@@ -109,7 +119,7 @@ class Artifact:
         return place
 
     def _write(self, folder: Path) -> None:
-        written = write_model(self._stamped(), folder)
+        written = write_model(self.stamped(), folder)
         files = {file.name: file_digest(file) for file in written}
         text = json.dumps({**self.manifest, "files": files}, indent=1, sort_keys=True, ensure_ascii=False)
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
@@ -123,12 +133,13 @@ class Artifact:
         """
         file = Path(path)
         with scratch_folder(file) as scratch:
-            written = write_model(self._stamped(), scratch, file.name)
+            written = write_model(self.stamped(), scratch, file.name)
             for part in reversed(written):  # the weights first: the model is what readers look for
                 part.replace(file.parent / part.name)
         return file
 
-    def _stamped(self) -> ir.Model:
+    def stamped(self) -> ir.Model:
+        """Return a copy of the model whose own metadata hold the manifest."""
         model = self.model.clone()
         model.metadata_props[MANIFEST_KEY] = json.dumps(
             dict(self.manifest), sort_keys=True, ensure_ascii=False
@@ -140,18 +151,15 @@ class Artifact:
         """Read an artifact folder.
 
         Raises:
-            ArtifactError: no such folder, files missing, or bytes that differ from the manifest's digests.
+            ArtifactError: no such folder, files missing, bytes that differ from the manifest's digests, or a
+                bundle.
         """
         place = Path(folder)
         manifest = read_manifest(place)
-        for name, digest in dict(manifest.get("files", {})).items():
-            file = place / name
-            if not file.is_file():
-                raise ArtifactError(f"{place} lacks {name}, which its manifest names.")
-            if file_digest(file) != digest:
-                raise ArtifactError(
-                    f"{file} is not the file that was verified: its digest differs from the manifest's."
-                )
+        if PARTS_KEY in manifest:
+            parts = ", ".join(map(str, manifest[PARTS_KEY]))
+            raise ArtifactError(f"{place} holds several artifacts ({parts}): Bundle.load reads it.")
+        check_files(place, manifest)
         kept = {key: value for key, value in manifest.items() if key != "files"}
         if differences := offline_differences(kept):
             logger.warning(
@@ -159,10 +167,10 @@ class Artifact:
                 place,
                 "; ".join(differences),
             )
-        return Artifact(read_model(place / MODEL_FILE), kept, _target(kept))
+        return Artifact(read_model(place / MODEL_FILE), kept, named_target(kept))
 
 
-def _target(manifest: Mapping[str, Any]) -> Target:
+def named_target(manifest: Mapping[str, Any]) -> Target:
     """Return the target that a manifest names, with its session options; the CPU provider for one of the
     user's own."""
     options = SessionOptions.of(manifest.get("session", {}))
@@ -170,6 +178,22 @@ def _target(manifest: Mapping[str, Any]) -> Target:
         return Target.named(str(manifest.get("target", "cpu"))).with_options(options)
     except UnsupportedError:
         return Target.cpu().with_options(options)
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the files that a manifest names with their digests.
+
+    Raises:
+        ArtifactError: one is missing or has changed.
+    """
+    for name, digest in dict(manifest.get("files", {})).items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(f"{folder} lacks {name}, which its manifest names.")
+        if file_digest(file) != digest:
+            raise ArtifactError(
+                f"{file} is not the file that was verified: its digest differs from the manifest's."
+            )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

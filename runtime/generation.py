@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from splitfold.runtime.artifact import Artifact
+from splitfold.runtime.artifact import PARTS_KEY, Artifact, read_manifest
+from splitfold.runtime.bundle import DECODE, PREFILL, Bundle
 from splitfold.runtime.cache import POSITIONS_KEY, CacheShape
 from splitfold.runtime.errors import GenerationError
 from splitfold.runtime.feeds import Array, model_inputs
@@ -24,7 +25,8 @@ from splitfold.runtime.target import Target
 
 __all__ = ["Decoding", "End", "Generation", "Generator", "Phase"]
 
-Openable = Artifact | ir.Model | str | Path
+Single = Artifact | ir.Model | str | Path
+Openable = Single | Bundle
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 
 
@@ -102,14 +104,22 @@ class Generator:
 
     @staticmethod
     def open(
-        model: Openable, target: Target | None = None, *, prefill: Openable | None = None, threads: int = 0
+        model: Openable, target: Target | None = None, *, prefill: Single | None = None, threads: int = 0
     ) -> Generator:
-        """Open an artifact, its folder, a model in memory or an ``.onnx`` file.
+        """Open an artifact, its folder, a model in memory or an ``.onnx`` file; of a bundle, or its folder,
+        the parts ``decode`` and ``prefill``.
 
         Raises:
-            GenerationError: see the class.
+            GenerationError: see the class; a bundle has no part ``decode``.
             ArtifactError, SessionError: it cannot be read or opened.
         """
+        if isinstance(model, str | Path) and Path(model).is_dir():
+            model = _loaded(Path(model))
+        if isinstance(model, Bundle):
+            if DECODE not in model.parts:
+                raise GenerationError(f"the bundle has no part '{DECODE}': {', '.join(model.parts)}.")
+            prefill = model.parts.get(PREFILL) if prefill is None else prefill
+            model = model.parts[DECODE]
         graph, session = _open(model, target, threads)
         other = None if prefill is None else _open(prefill, target, threads)[1]
         return Generator(graph, session, prefill=other)
@@ -154,7 +164,11 @@ class Generator:
         return iter(_Run(self, prompt, limit, stop, sampling or Sampling()))
 
 
-def _open(model: Openable, target: Target | None, threads: int) -> tuple[ir.Model, Session]:
+def _loaded(folder: Path) -> Artifact | Bundle:
+    return Bundle.load(folder) if PARTS_KEY in read_manifest(folder) else Artifact.load(folder)
+
+
+def _open(model: Single, target: Target | None, threads: int) -> tuple[ir.Model, Session]:
     if isinstance(model, str | Path) and Path(model).is_dir():
         model = Artifact.load(model)
     if isinstance(model, Artifact):
