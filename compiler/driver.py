@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,84 +69,93 @@ def compile(
     Args:
         model: `nn.Module` in eval mode, `ExportedProgram`, `fx.GraphModule`, path of an ``.onnx`` or artifact
             folder, `onnx.ModelProto` or `onnx_ir.Model`. It is not changed.
-        example_inputs: tuple, dict by input name, or ``(tuple, dict)``; needed for torch modules, else
-            calibration's first batch or seeded synthetic inputs serve. The outputs are compared on them.
-        pipeline: passes, or their text form; default the preset int8 of `target`. Canonical form before and
-            legalization after it are added where they lack.
+        example_inputs: tuple, dict by input name, or ``(tuple, dict)``; needed for torch modules. Outputs are
+            compared on them, else on calibration's first batch or seeded synthetic inputs.
+        pipeline: passes, or their text form, which `complete` completes; default the target's preset int8.
         target: where the artifact runs; default ONNX Runtime's CPU provider.
-        calibration: representative inputs: re-iterable of feeds, generator function, DataLoader, ``.npz``
-            path or folder.
-        evaluate: metric of an opened `Session`, more is better, recorded before and after: one number, or an
-            array [samples] of scores whose mean it is.
-        budget: limits on the result's cost. With `max_drop` the plans of the pipeline's `assign-precision`
-            (default `presets.mixed()`) are searched for the smallest or fastest model with which `evaluate`
-            loses no more; the best so far comes back in any case, and `Compiled.search` says what it keeps.
-        tolerance: limits on the result's deviation; default cosine 0.9, and none where `max_drop` is given.
+        calibration: representative inputs, in any form that `Calibration.of` takes.
+        evaluate: metric, see `Evaluate`; recorded before and after.
+        budget: limits on the result's cost; with `max_drop` a search for the best plan of precisions.
+        tolerance: limits on its deviation; default cosine 0.9, and none where `max_drop` is given.
         search: how that search goes about it.
         dynamic_shapes: dynamic axes, as `torch.export.export` takes them.
         observers: are told of each pass.
         unrealised: what to do with a low-bit layer that no low-bit kernel computes.
-        speed: how the result is timed beside the model, for about two seconds, and what happens where it is
-            slower: slower layers of a preset go to dynamic int8 or back to float, those of a pipeline of your
-            own do not. What was found is `Compiled.speed`. Where the result is changed, two runs can give two
-            results; the manifest's pipeline says what was done, and a replay gives the same bytes. None is
-            for not measuring.
-        reproducers: folder into which a failure of a pass, of the runtime or of verification writes a folder
-            with the smallest part of the model that still fails, which the error names. The search for it
-            ends after about half a minute; None is for writing none.
+        speed: how the result is timed beside the model, and what happens where it is slower; None for not.
+        reproducers: folder for the smallest part that still fails, see `write_reproducer`; None for none.
 
     Raises:
-        CaptureError, ArtifactError: the model cannot be read or traced.
-        CalibrationError: a pass needs calibration data that is missing or does not fit.
+        CaptureError, ArtifactError, CalibrationError: model or calibration data cannot be read or do not fit.
         PassFailedError: a pass failed or broke its promise.
         VerificationError: the result is out of tolerance, gives NaN or infinity, or does not run as deployed.
-        OriginalFailedError: the model that was given does not run on the inputs.
-        ProviderError: the target's provider cannot be used here.
+        OriginalFailedError, ProviderError: the model, or the target's provider, does not run here.
         EvaluationError: `evaluate` raised, returned NaN, or something that is no score.
         BudgetError: the result costs too much, or no plan keeps `max_drop` and `search` makes that an error.
     """
-    place, spent = usable(target or Target.cpu()), budget or Budget()
+    place = usable(target or Target.cpu())
     source = load_source(model, example_inputs, dynamic_shapes, calibration, place)
-    failures = None if reproducers is None else Path(reproducers)
-    if spent.max_drop is None:
-        job = Job(source, complete(pipeline, place), place, tolerance or Tolerance(), unrealised)
-        built, found = _timed(job, _build(job, observers, failures), speed, observers, failures)
-        return _compiled(job, built, spent, _metric(evaluate, source.model, built.model, job), speed=found)
-    if evaluate is None:
-        raise ValueError(
-            "budget.max_drop is what the metric may lose: give evaluate, a function of a session."
-        )
+    folder = None if reproducers is None else Path(reproducers)
+    wanted = _Wanted(evaluate, budget or Budget(), speed, observers, folder)
+    if wanted.budget.max_drop is None:
+        steps = complete(pipeline, place)
+        return wanted.made(Job(source, steps, place, tolerance or Tolerance(), unrealised))
     steps = complete(mixed() if pipeline is None else pipeline)
     job = Job(source, steps, place, tolerance or Tolerance(cosine=None), unrealised)
-    with searched_job(job, evaluate, spent, search or Search(), observers) as (planned, best):
-        built = _build(planned, observers, failures)
-        best = settled(best, built.model, evaluate, job)
-    kept = "It stays as it is: its plan was searched for."
-    built, found = _timed(job, built, speed, observers, failures, kept=kept)
-    return _compiled(job, built, spent, _searched(best), best, speed=found)
+    return wanted.found(job, search or Search())
 
 
-def _timed(
-    job: Job,
-    built: Built,
-    check: SpeedCheck | None,
-    observers: Sequence[Observer],
-    reproducers: Path | None,
-    *,
-    kept: str = "",
-) -> tuple[Built, Speed | None]:
-    """Return the build to keep, and how fast it is; `kept` is why a slower one stays."""
-    if check is None:
-        return built, None
-    if not kept and check.if_slower is IfSlower.KEEP:
-        kept = "It stays as it is, as was asked."
-    if not kept and check.if_slower is IfSlower.PRESET and not _is_preset(job.steps, job.target):
-        kept = "It stays as it is: the pipeline is your own (if_slower=repair changes it)."
+@dataclass(frozen=True)
+class _Wanted:
+    """What `compile` is asked beside the job: see there."""
 
-    def rebuild(steps: Pipeline) -> Built:
-        return _build(dataclasses.replace(job, steps=steps), observers, reproducers)
+    evaluate: Evaluate | None
+    budget: Budget
+    speed: SpeedCheck | None
+    observers: Sequence[Observer]
+    reproducers: Path | None
 
-    return check_speed(job, built, check, rebuild, kept=kept)
+    def made(self, job: Job) -> Compiled:
+        """Carry out the job."""
+        built, found = self._timed(job, self._build(job))
+        metric = _metric(self.evaluate, job.source.model, built.model, job)
+        return _compiled(job, built, self.budget, metric, speed=found)
+
+    def found(self, job: Job, search: Search) -> Compiled:
+        """Carry out the job with the best plan of precisions that a search finds."""
+        if self.evaluate is None:
+            raise ValueError(
+                "budget.max_drop is what the metric may lose: give evaluate, a function of a session."
+            )
+        with searched_job(job, self.evaluate, self.budget, search, self.observers) as (planned, best):
+            built = self._build(planned)
+            best = settled(best, built.model, self.evaluate, job)
+        kept = "It stays as it is: its plan was searched for."
+        built, found = self._timed(job, built, kept=kept)
+        return _compiled(job, built, self.budget, _searched(best), best, speed=found)
+
+    def _build(self, job: Job) -> Built:
+        checkpoint = Checkpoint()
+        try:
+            return build(job, checkpoint, self.observers)
+        except FailureError as error:
+            name_layer(error, job, checkpoint)
+            if self.reproducers is not None:
+                write_reproducer(error, job, checkpoint, self.reproducers)
+            raise
+
+    def _timed(self, job: Job, built: Built, *, kept: str = "") -> tuple[Built, Speed | None]:
+        """Return the build to keep, and how fast it is; `kept` is why a slower one stays."""
+        if self.speed is None:
+            return built, None
+        if not kept and self.speed.if_slower is IfSlower.KEEP:
+            kept = "It stays as it is, as was asked."
+        if not kept and self.speed.if_slower is IfSlower.PRESET and not _is_preset(job.steps, job.target):
+            kept = "It stays as it is: the pipeline is your own (if_slower=repair changes it)."
+
+        def rebuild(steps: Pipeline) -> Built:
+            return self._build(dataclasses.replace(job, steps=steps))
+
+        return check_speed(job, built, self.speed, rebuild, kept=kept)
 
 
 def _is_preset(steps: Pipeline, target: Target) -> bool:
@@ -180,17 +190,6 @@ def _compiled(
         search=search,
         speed=speed,
     )
-
-
-def _build(job: Job, observers: Sequence[Observer], reproducers: Path | None) -> Built:
-    checkpoint = Checkpoint()
-    try:
-        return build(job, checkpoint, observers)
-    except FailureError as error:
-        name_layer(error, job, checkpoint)
-        if reproducers is not None:
-            write_reproducer(error, job, checkpoint, reproducers)
-        raise
 
 
 def _facts(source: Source, target: Target, calibration: Calibration | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,14 +62,12 @@ def finetune(
 ) -> ir.Model:
     """Train a model on the CPU and return it with other weights: same operators, names and shapes.
 
-    The model is lifted to torch, trained, and the weights are written back; `compile` and every pass take
-    the result. The same arguments give the same weights on one machine, also where the run was stopped and
-    taken up again from its checkpoint.
+    `compile` and every pass take the result. The same arguments give the same weights on one machine, also
+    where the run was stopped and taken up again from its checkpoint.
 
     Args:
         model: `onnx_ir.Model`, `onnx.ModelProto` or path of a float model; it is left alone.
-        data: list of batches, shuffled anew in each epoch, or a function that returns the batches of an
-            epoch. A batch maps names to arrays: the model's inputs, and whatever `loss` needs.
+        data: batches: names to arrays, the model's inputs and whatever `loss` needs; see `Data`.
         loss: maps the outputs and the batch (torch tensors by name) to a scalar tensor.
         steps: of the optimiser, one batch each.
         train: which weights.
@@ -79,54 +78,75 @@ def finetune(
         schedule: of the learning rate; default 5 % warm-up, then a cosine down to 5 %.
         clip_norm: largest norm of all gradients together; 0 is no limit.
         seed: of the order of the data, and of torch.
-        in_loop: what is quantized while training. The weights that come back are float: with
-            `WeightScale.RANGE` those that were trained, for a symmetric quantizer with a scale an output
-            channel to round as training did; with `WeightScale.STATISTICS` those on the grid, as no
-            quantizer searches for that one.
-        checkpoint: file that the run is kept in; one that is there is taken up.
-        checkpoint_every: steps between two writings.
+        in_loop: what is quantized while training; it says which weights come back.
+        checkpoint: file that the run is kept in, each `checkpoint_every` steps; one there is taken up.
         observer: called after each step; the log has the loss some twenty times.
 
     Raises:
-        CaptureError: the model is no ONNX model.
-        UnsupportedError: the model holds an operator that cannot be trained through; the message names it.
+        CaptureError, UnsupportedError: the model is no ONNX model, or holds what cannot be trained through.
         SpecError: a pattern matches no layer.
         TrainingError: there is nothing to train, the data or the loss do not fit, or training diverged.
         ImportError: torch is not installed (`splitfold[torch]`).
     """
-    from splitfold.runtime.lift import lift, lower_weights
-    from splitfold.runtime.training import loop
-    from splitfold.runtime.training.batches import fitting
-    from splitfold.runtime.training.errors import TrainingError
-    from splitfold.runtime.training.in_loop import put_in_loop
-    from splitfold.runtime.training.on_grid import adamw, put_on_grid
-
     if steps < 1 or checkpoint_every < 1:
         raise ValueError(f"steps ({steps}) and checkpoint_every ({checkpoint_every}) are at least 1.")
+    kept = None if checkpoint is None else (Path(checkpoint), checkpoint_every)
+    run = _Run(steps, train, only, rate, optimizer, schedule, clip_norm, seed, in_loop, kept, observer)
     result, _ = read_graph(model)
-    lifted = lift(result)
-    held = _freeze(lifted, set(_wanted(result, train, only)))
-    if not held:
-        raise TrainingError(f"no weight is to be trained (train={train.value}, only={list(only)}).")
-    key = _key(result, held, steps, seed, rate, in_loop)
-    grids = put_in_loop(lifted, in_loop) if in_loop is not None else {}
-    loop.train(
-        lifted,
-        fitting(data, result),
-        loss,
-        steps,
-        optimizer=optimizer or adamw(rate),
-        schedule=schedule or loop.Schedule(),
-        clip_norm=clip_norm,
-        seed=seed,
-        grids=grids,
-        annealing=in_loop.annealing if in_loop is not None else None,
-        checkpoints=loop.Checkpoints(Path(checkpoint), checkpoint_every, key) if checkpoint else None,
-        observer=_told(steps, observer),
-    )
-    put_on_grid(lifted, grids)
-    lower_weights(lifted, result)
+    run.train(result, data, loss)
     return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How a model is trained: see `finetune`."""
+
+    steps: int
+    which: Trained
+    only: Sequence[str]
+    rate: float
+    optimizer: Optimizer | None
+    schedule: Schedule | None
+    clip_norm: float
+    seed: int
+    in_loop: InLoop | None
+    kept: tuple[Path, int] | None
+    """File of the checkpoint, and the steps between two writings."""
+    observer: Callable[[Step], None] | None
+
+    def train(self, model: ir.Model, data: Data, loss: Loss) -> None:
+        """Train `model` in place."""
+        from splitfold.runtime.lift import lift, lower_weights
+        from splitfold.runtime.training import loop
+        from splitfold.runtime.training.batches import fitting
+        from splitfold.runtime.training.errors import TrainingError
+        from splitfold.runtime.training.in_loop import put_in_loop
+        from splitfold.runtime.training.on_grid import adamw, put_on_grid
+
+        lifted = lift(model)
+        held = _freeze(lifted, set(_wanted(model, self.which, self.only)))
+        if not held:
+            raise TrainingError(
+                f"no weight is to be trained (train={self.which.value}, only={list(self.only)})."
+            )
+        key = _key(model, held, self.steps, self.seed, self.rate, self.in_loop)
+        grids = put_in_loop(lifted, self.in_loop) if self.in_loop is not None else {}
+        loop.train(
+            lifted,
+            fitting(data, model),
+            loss,
+            self.steps,
+            optimizer=self.optimizer or adamw(self.rate),
+            schedule=self.schedule or loop.Schedule(),
+            clip_norm=self.clip_norm,
+            seed=self.seed,
+            grids=grids,
+            annealing=self.in_loop.annealing if self.in_loop is not None else None,
+            checkpoints=loop.Checkpoints(*self.kept, key) if self.kept is not None else None,
+            observer=_told(self.steps, self.observer),
+        )
+        put_on_grid(lifted, grids)
+        lower_weights(lifted, model)
 
 
 def _wanted(model: ir.Model, train: Trained, only: Sequence[str]) -> Iterator[str]:

@@ -104,6 +104,10 @@ def replay(
         if "plans" in manifest and built.manifest.get("plans") != manifest["plans"]:
             warnings.append("another plan of precisions would be made now: the recorded one was carried out")
             built = again(pipeline=with_recorded_plans(manifest, steps, Path(folder)))
+    return _compared(place, manifest, built, warnings)
+
+
+def _compared(place: Path, manifest: Mapping[str, Any], built: Artifact, warnings: list[str]) -> Replay:
     carried = {key: manifest[key] for key in _CARRIED_OVER if key in manifest}
     built = dataclasses.replace(built, manifest={**built.manifest, **carried})
     offline = manifest.get(OFFLINE_KEY)

@@ -107,8 +107,9 @@ class Budget:
 
     Args:
         megabytes: largest size of all weights, in 10^6 bytes.
-        max_drop: what the user's metric may lose, absolute. It makes `compile` search for the smallest or
-            fastest model that keeps it.
+        max_drop: what the user's metric may lose, absolute. It makes `compile` search the plans of the
+            pipeline's `assign-precision` (default `presets.mixed()`) for the smallest or fastest model that
+            keeps it. The best so far comes back in any case, and `Compiled.search` says what it keeps.
     """
 
     megabytes: float | None = None

@@ -27,6 +27,9 @@ class IfSlower(enum.Enum):
 class SpeedCheck:
     """How `compile` compares the result's speed with that of the model that it was given.
 
+    What was found is `Compiled.speed`. Where the result is changed for it, two runs can give two results; the
+    manifest's pipeline says what was done, and a replay gives the same bytes.
+
     Args:
         if_slower: what happens where it is slower.
         seconds: for each comparison; there is one, and one more for each attempt to repair.

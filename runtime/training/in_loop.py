@@ -41,6 +41,10 @@ class Annealing:
 class InLoop:
     """What is quantized while a model trains.
 
+    The weights that come back are float: with `WeightScale.RANGE` those that were trained, for a symmetric
+    quantizer with a scale an output channel to round as training did; with `WeightScale.STATISTICS` those on
+    the grid, as no quantizer searches for that one.
+
     Args:
         weights: bits of the weights of MatMul, Gemm and Conv, 2 to 8, a grid for each output channel; None
             trains them in float.

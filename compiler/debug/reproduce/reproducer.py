@@ -50,10 +50,11 @@ _BATCH_BYTES = 256_000_000
 def write_reproducer(
     error: FailureError, job: Job, checkpoint: Checkpoint, place: Path, limits: Limits | None = None
 ) -> None:
-    """Write a folder below `place` that shows `error`, and name it in the error.
+    """Write a folder below `place` with the smallest part of the model that still fails, and name it in
+    `error`.
 
-    The folder's name depends on the failure alone: the same one again replaces it. Where none can be written
-    the error says why; nothing is raised.
+    The search for that part ends after about half a minute. The folder's name depends on the failure alone:
+    the same one again replaces it. Where none can be written the error says why; nothing is raised.
 
     Args:
         error: what `build` raised.
