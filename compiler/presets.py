@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from splitfold.passes.assign_precision import AssignPrecisionPass
 from splitfold.passes.base import Pass
+from splitfold.passes.bias_correction import BiasCorrection
 from splitfold.passes.canonicalize import CanonicalizePass
 from splitfold.passes.drop_nan_guards import DropNanGuardsPass
 from splitfold.passes.errors import SpecError
@@ -74,7 +75,7 @@ def int8(target: Target | None = None) -> Pipeline:
     return Pipeline.of(
         *_simplified(),
         FoldScalesPass(),
-        QuantizeActivationsPass(min_sqnr=bound, form=form),
+        QuantizeActivationsPass(min_sqnr=bound, form=form, correct_bias=BiasCorrection.CONVOLUTIONS),
         QuantizeDynamicPass(min_sqnr=_DYNAMIC_SQNR),
         QuantizeEmbeddingsPass(),
         FuseAttentionPass(),

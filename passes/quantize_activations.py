@@ -14,6 +14,7 @@ import onnx_ir as ir
 from splitfold.passes.activations import activation_stats, required_calibration
 from splitfold.passes.affine import ActivationGrid, activation_grid
 from splitfold.passes.base import Context, Contract, Findings, LayerPass
+from splitfold.passes.bias_correction import BiasCorrection, correct_biases
 from splitfold.passes.candidates import accurate_layers, candidate_layers
 from splitfold.passes.known_ranges import known_ranges
 from splitfold.passes.layers import Layer, LayerKind
@@ -53,6 +54,7 @@ class QuantizeActivationsPass(LayerPass):
             skipped; 0 skips none.
         form: how a linear layer is written: qdq is standard ONNX; integer names the kernel and takes the bias
             along, which saves an Add. A Conv, and all on a target without that kernel, is written as qdq.
+        correct_bias: the layers into whose biases goes what rounding moves in the mean of their outputs.
 
     Before::
 
@@ -72,6 +74,7 @@ class QuantizeActivationsPass(LayerPass):
     weight_bits: int = 8
     min_sqnr: float = 0.0
     form: StaticForm = StaticForm.QDQ
+    correct_bias: BiasCorrection = BiasCorrection.NONE
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (7, 8):
@@ -110,7 +113,13 @@ class QuantizeActivationsPass(LayerPass):
         if self.min_sqnr > 0:
             measured = local_sqnr(model, trial_carrier(layers, grids, levels), calibration, context.target)
             layers = accurate_layers(layers, measured, self.min_sqnr, "static int8", findings)
-        quantize_statically(model, layers, grids, levels, self._form(context.target, findings), findings)
+        corrected = self.correct_bias if layers else BiasCorrection.NONE
+        reference = None if corrected is BiasCorrection.NONE else model.clone()
+        form = self._form(context.target, findings)
+        made = quantize_statically(model, layers, grids, levels, form, findings)
+        if reference is not None:
+            chosen = {name: value for name, value in made.items() if corrected.takes(value)}
+            correct_biases(model, reference, chosen, calibration, context.target, findings)
         return bool(layers)
 
     def _form(self, target: Target, findings: Findings) -> StaticForm:

@@ -51,8 +51,15 @@ class StaticForm(enum.Enum):
 
 def quantize_statically(
     model: ir.Model, layers: Sequence[Layer], grids: Grids, levels: int, form: StaticForm, findings: Findings
-) -> None:
-    """Replace `layers` by their static int8 form, regions included, and record each with its weight."""
+) -> dict[str, ir.Value]:
+    """Replace `layers` by their static int8 form, regions included, and record each with its weight.
+
+    Returns:
+        by name of a value that a layer computed in float, before its grid: what computes it now. A bias that
+        the integer form takes along counts to the layer.
+    """
+    names = {layer: _result(layer, form).name or "" for layer in layers}
+    made = {}
     convolutions = [layer for layer in layers if layer.kind is LayerKind.CONV]
     nodes = [layer.node for layer in layers]
     region = region_values(model.graph, convolutions, nodes, lambda value: (value.name or "") in grids)
@@ -66,17 +73,25 @@ def quantize_statically(
     for layer in layers:
         if form is StaticForm.INTEGER and layer.is_linear and (obstacle := missed_bias(layer)) is not None:
             findings.miss(layer.name, "bias taken along by the integer kernel", obstacle)
-        weight = _replace(layer, inputs[layer.input], levels, form)
-        findings.apply(layer.name, f"{layer.kind.value} static int8", weight=weight)
+        carried = _replace(layer, inputs[layer.input], levels, form)
+        made[names[layer]] = carried.output
+        findings.apply(layer.name, f"{layer.kind.value} static int8", weight=carried.weight)
     if kept := keep_float_convolutions(model.graph):
         findings.notes.append(f"{len(kept)} float convolutions are guarded: the runtime would quantize them")
     drop_unused([node for data in inputs.values() if (node := data.value.producer()) is not None])
     if region:
         findings.notes.append(f"{len(region)} values of integer regions are quantized for all their readers")
+    return made
 
 
-def _replace(layer: Layer, data: QuantizedInput, levels: int, form: StaticForm) -> str:
-    """Put the low-bit form in the place of `layer` and return the name of its weight."""
+def _result(layer: Layer, form: StaticForm) -> ir.Value:
+    """Return what `form` computes: the layer's output, or that with the bias that is taken along."""
+    add = following_bias(layer) if form is StaticForm.INTEGER and layer.is_linear else None
+    return layer.output if add is None else add.outputs[0]
+
+
+def _replace(layer: Layer, data: QuantizedInput, levels: int, form: StaticForm) -> Carried:
+    """Put the low-bit form in the place of `layer` and return it."""
     if form is StaticForm.INTEGER and layer.is_linear:
         add = following_bias(layer)
         carried = carry_integer(layer, data, int8_weight(layer, levels=levels), add=add)
@@ -86,7 +101,7 @@ def _replace(layer: Layer, data: QuantizedInput, levels: int, form: StaticForm) 
         replaced = [layer.node]
     replace_value(replaced[0].outputs[0], carried.output)
     drop_unused(replaced)
-    return carried.weight
+    return carried
 
 
 def _first(nodes: Sequence[ir.Node], order: Mapping[ir.Node, int]) -> ir.Node:

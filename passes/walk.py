@@ -21,7 +21,7 @@ class Walk:
     """Computes values of the main graph of `model`, in order of execution.
 
     Args:
-        model: is not changed, and must not be while the walk goes on.
+        model: is not changed, and must not be while the walk goes on, but for constants of nodes to come.
         batches: feeds to run it on, all held.
         target: where it runs.
         until: names of values that are held, beyond what the model itself needs, until another is computed.
@@ -74,6 +74,12 @@ class Walk:
         if missing:
             self._advance(missing)
         return [{name: known[name] for name in names} for known in self._known]
+
+    def amend(self, name: str, arrays: Sequence[Array]) -> None:
+        """Let what comes later read `arrays`, one a batch, as the value `name`, if it reads it at all."""
+        for known, array in zip(self._known, arrays, strict=True):
+            if name in known:
+                known[name] = array
 
     def _advance(self, names: Sequence[str]) -> None:
         here = max(self._made[name] for name in names)
