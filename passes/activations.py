@@ -36,6 +36,9 @@ class _Running:
     squares: float = 0.0
     count: int = 0
     finite: bool = True
+    samples: int = 0
+    sums: Array = field(default_factory=lambda: np.zeros((2, 2)))
+    """Of the lowest and the highest elements of the samples, and of their squares."""
 
     def update(self, array: Array) -> None:
         if not array.size:
@@ -46,7 +49,14 @@ class _Running:
             values = values[np.isfinite(values)]
             if not values.size:
                 return
-        low, high = float(values.min()), float(values.max())
+        rows = (
+            values.reshape(len(array), -1)
+            if values.size == array.size and array.ndim
+            else values.reshape(1, -1)
+        )
+        lows, highs = rows.min(1), rows.max(1)
+        self._count_extremes(np.stack([lows, highs]).astype(np.float64))
+        low, high = float(lows.min()), float(highs.max())
         first = np.isnan(self.average_low)
         self.average_low = low if first else _MOMENTUM * self.average_low + (1 - _MOMENTUM) * low
         self.average_high = high if first else _MOMENTUM * self.average_high + (1 - _MOMENTUM) * high
@@ -54,12 +64,31 @@ class _Running:
         self.squares += float(np.sum(np.square(values, dtype=np.float64)))
         self.count += array.size
 
+    def _count_extremes(self, ends: Array) -> None:
+        self.samples += ends.shape[1]
+        self.sums = self.sums + np.stack([ends.sum(1), np.square(ends).sum(1)])
+
+    def _deviations(self) -> tuple[float, float]:
+        mean, square = self.sums / self.samples
+        low, high = np.sqrt(np.maximum(square - np.square(mean), 0)).tolist()
+        return low, high
+
     def stats(self) -> ActivationStats:
         if not self.count:
             return ActivationStats(0.0, 0.0, 0.0, 0.0, 0.0, self.finite, 0)
         rms = float(np.sqrt(self.squares / self.count))
+        low, high = self._deviations()
         return ActivationStats(
-            self.low, self.high, self.average_low, self.average_high, rms, self.finite, self.count
+            self.low,
+            self.high,
+            self.average_low,
+            self.average_high,
+            rms,
+            self.finite,
+            self.count,
+            samples=self.samples,
+            low_deviation=low,
+            high_deviation=high,
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from splitfold.runtime.feeds import Array
 __all__ = ["BINS", "ActivationStats", "Calibrator", "activation_range"]
 
 BINS = 2048
+_ENOUGH = 128
+"""Samples whose extremes are taken as they are: more range than that costs more by rounding than it saves."""
 _SEARCHED = (99.8, 99.98, 99.998)
 """Shares in percent that PERCENTILE_SEARCH may keep: RepQ-ViT's quantiles .999, .9999 and .99999 and their
 mirrors."""
@@ -29,11 +32,14 @@ class Calibrator(enum.Enum):
     PERCENTILE_SEARCH = "percentile-search"
     MSE = "mse"
     ENTROPY = "entropy"
+    EXTREME_VALUE = "extreme-value"
+    """The extremes that 128 samples would show, where calibration saw fewer: by the Gumbel distribution of
+    the samples' own extremes."""
 
     @property
     def needs_histogram(self) -> bool:
         """Whether a second walk over the data fills a histogram."""
-        return self not in (Calibrator.MINMAX, Calibrator.MOVING_AVERAGE)
+        return self not in (Calibrator.MINMAX, Calibrator.MOVING_AVERAGE, Calibrator.EXTREME_VALUE)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class ActivationStats:
         finite: whether every element was finite.
         count: number of elements.
         histogram: counts in `BINS` equal bins over [low, high], or None.
+        samples: slices along the first axis.
+        low_deviation, high_deviation: standard deviations of the extremes of the samples.
     """
 
     low: float
@@ -57,6 +65,9 @@ class ActivationStats:
     finite: bool
     count: int
     histogram: Array | None = None
+    samples: int = 0
+    low_deviation: float = 0.0
+    high_deviation: float = 0.0
 
     def unholdable(self) -> str | None:
         """Return why no grid of few bits can hold the value (a mask's -inf or -3.4e38, say), or None."""
@@ -85,6 +96,8 @@ def activation_range(
     """
     if calibrator is Calibrator.MOVING_AVERAGE:
         return stats.average_low, stats.average_high
+    if calibrator is Calibrator.EXTREME_VALUE:
+        return _extrapolated(stats)
     if calibrator is Calibrator.MINMAX or stats.histogram is None or stats.low == stats.high:
         return stats.low, stats.high
     edges = np.linspace(stats.low, stats.high, BINS + 1)
@@ -94,6 +107,18 @@ def activation_range(
         kept = (_percentile(stats.histogram, edges, share) for share in _SEARCHED)
         return min(kept, key=_squared_error(stats.histogram, edges, bits))
     return (_least_squares if calibrator is Calibrator.MSE else _entropy)(stats.histogram, edges, bits)
+
+
+def _extrapolated(stats: ActivationStats) -> tuple[float, float]:
+    """Return the extremes to expect of `_ENOUGH` samples.
+
+    The largest of n values with a Gumbel tail of scale beta grows by beta log(m / n) where there are m of
+    them; beta is the standard deviation times sqrt(6) / pi (Gumbel, Statistics of Extremes, 1958).
+    """
+    if not 1 < stats.samples < _ENOUGH:
+        return stats.low, stats.high
+    growth = math.sqrt(6) / math.pi * math.log(_ENOUGH / stats.samples)
+    return stats.low - growth * stats.low_deviation, stats.high + growth * stats.high_deviation
 
 
 def _percentile(histogram: Array, edges: Array, percentile: float) -> tuple[float, float]:

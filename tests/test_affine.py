@@ -383,6 +383,27 @@ def test_entropy_keeps_most_of_the_values(values: Array) -> None:
     assert np.mean((values >= low) & (values <= high)) > 0.97
 
 
+def test_extreme_values_by_hand() -> None:
+    batches = [np.array([-1, 5, 3], np.float32), np.array([2], np.float32)]
+    stats = stats_of(batches, histograms=False)
+    deviation = np.std([-1.0, 5.0, 3.0, 2.0])
+    assert stats.samples == 4
+    assert (stats.low_deviation, stats.high_deviation) == pytest.approx((deviation, deviation))
+    growth = deviation * np.sqrt(6) / np.pi * np.log(128 / 4)
+    assert activation_range(stats, Calibrator.EXTREME_VALUE) == pytest.approx((-1 - growth, 5 + growth))
+
+
+def test_extreme_values_hold_what_more_samples_show() -> None:
+    tails = np.random.default_rng(4).gumbel(3.0, 0.5, (200, 128)).astype(np.float32)
+    few = [stats_of([rows[:16]], histograms=False) for rows in tails]
+    ends = [activation_range(item, Calibrator.EXTREME_VALUE)[1] for item in few]
+    expected = float(tails.max(1).mean())
+    seen = float(np.mean([item.high for item in few]))
+    assert abs(np.mean(ends) - expected) < 0.15 * (expected - seen)
+    enough = stats_of([tails[0]], histograms=False)
+    assert activation_range(enough, Calibrator.EXTREME_VALUE) == (enough.low, enough.high)
+
+
 def test_a_constant_has_a_range() -> None:
     stats = stats_of([np.full(10, 3.0, np.float32)])
     for calibrator in Calibrator:
