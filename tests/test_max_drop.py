@@ -4,8 +4,10 @@ model on a split that the search did not see."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,20 @@ from splitfold.compiler.realisation import Realisation
 from splitfold.compiler.replay import replay
 from splitfold.compiler.search.found import Stop
 from splitfold.compiler.search.judgement import Decision
+from splitfold.compiler.search.options import Goal
+from splitfold.compiler.target_costs import model_cases
 from splitfold.examples.benchmarks import data
 from splitfold.examples.benchmarks.max_drop import Images
 from splitfold.passes.errors import SpecError
 from splitfold.passes.plan import plan_text
+from splitfold.passes.precision import Precision
+from splitfold.runtime.costs.kernel import Case, Form, Kernel, Operation
+from splitfold.runtime.costs.machine import Machine
+from splitfold.runtime.costs.table import KernelCosts, Sample
 from splitfold.runtime.digest import content_digest
 from splitfold.runtime.model_file import weight_bytes
 from splitfold.runtime.session import Session
+from splitfold.runtime.target import Target
 
 CHOICES_ALL = "choices=[fp32,int8-dynamic,w4-b16,w2-b16]"
 PIPELINE = f"fold-scales,assign-precision{{{CHOICES_ALL},signal=local-error}},quantize-embeddings"
@@ -79,6 +88,46 @@ def test_the_smallest_model_within_the_drop() -> None:
     assert search["max_drop"] == DROP
     assert len(search["trials"]) == len(found.trials)
     json.dumps(artifact.manifest, allow_nan=False)
+
+
+@pytest.mark.parametrize(("cheap", "dear"), [("int8-dynamic", "w4-b16"), ("w4-b16", "int8-dynamic")])
+def test_the_fastest_model_within_the_drop(cheap: str, dear: str) -> None:
+    milliseconds = {carried(cheap): 0.25, carried(dear): 2.0}
+    source = ir.from_proto(model())
+    cases, _ = model_cases(source, token_batches(1)[0], Target.cpu())
+    samples = {
+        case: Sample(milliseconds.get(case.kernel, 1.0) * math.prod(case.shape) / 1e4, 0.0, 0.0, 1)
+        for case in cases
+    }
+    samples |= {
+        Case(carried("w4-b16"), case.shape): Sample(
+            milliseconds[carried("w4-b16")] * math.prod(case.shape) / 1e4, 0.0, 0.0, 1
+        )
+        for case in cases
+        if case.kernel == Kernel(Operation.MATMUL)
+    }
+    target = dataclasses.replace(Target.cpu(), costs=KernelCosts(Machine.here(), samples))
+    artifact = compiled(
+        0.2, f"assign-precision{{choices=[fp32,{cheap},{dear}]}}", target=target, search=Search(Goal.FASTEST)
+    )
+    found = artifact.search
+    assert found is not None
+    assert found.met
+    counts = found.plan.counts()
+    assert counts.get(cheap, 0) > 0  # the faster one is taken, whichever is smaller
+    assert dear not in counts
+    tried = [trial.milliseconds for trial in found.trials if trial.judgement.kept]
+    assert found.best.milliseconds == min(tried)
+    assert content_digest(artifact.model) == found.best.digest
+    assert artifact.manifest["search"]["goal"] == "fastest"
+
+
+def carried(precision: str) -> Kernel:
+    """Return the kernel of a linear layer in a precision."""
+    item = Precision.parse(precision)
+    if item.weight is not None and item.weight.block is not None:
+        return Kernel.blocks(item.weight.bits, item.weight.block, zero_points=not item.weight.symmetric)
+    return Kernel(Operation.MATMUL, Form.DYNAMIC_INT8)
 
 
 def test_without_a_pipeline_the_mixed_one_is_searched() -> None:
