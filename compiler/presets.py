@@ -105,8 +105,8 @@ def int4() -> Pipeline:
 
 def decoder() -> Pipeline:
     """Return what a causal language model with a cache writes text fastest with: norms, rotary positions and
-    attention as one operator each, heads side by side, and 4-bit weights in blocks of 128, those that read
-    the same in one product; needs no calibration data.
+    attention as one operator each, heads side by side, and 4-bit weights in symmetric blocks of 128, their
+    ranges found by least squares, those that read the same in one product; needs no calibration data.
 
     Blocks of 32, as `int4` has them, are nearer to float and take 1.4 times as long a token.
     """
@@ -116,7 +116,7 @@ def decoder() -> Pipeline:
         FuseRotaryPass(),
         FuseCachedAttentionPass(),
         FlattenHeadsPass(),
-        QuantizeWeightsPass(bits=4, block=_DECODER_BLOCK),
+        QuantizeWeightsPass(method=WeightMethod.MSE, bits=4, block=_DECODER_BLOCK, symmetric=True),
         QuantizeEmbeddingsPass(),
         MergeProjectionsPass(),
     )

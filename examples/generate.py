@@ -4,9 +4,11 @@
     python -m splitfold.examples.generate --prompt "Once upon a time" --tokens 100
     python -m splitfold.examples.generate --checkpoint folder-of-a-transformers-model --prompt "Hello"
     python -m splitfold.examples.generate --artifact saved --tokens 50
+    python -m splitfold.examples.generate --preset decoder --prefill widen-blocks --save both
 
 Without --checkpoint it is stories260K, a small Llama, from the folder that SPLITFOLD_SHARED names. --save
-keeps the compiled model, which --artifact then opens without torch.
+keeps the compiled model, which --artifact then opens without torch. --prefill makes a second graph of the
+same weights, which takes the prompt.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from splitfold.compiler import Pipeline, compile, presets
+from splitfold.compiler import Artifact, Pipeline, compile, presets
 from splitfold.compiler.decoder import capture_decoder
 from splitfold.examples.benchmarks import data
 from splitfold.examples.benchmarks.stories import BYTES_FROM, Tokenizer
+from splitfold.runtime.bundle import DECODE, PREFILL, Bundle
 from splitfold.runtime.generation import Generator
 from splitfold.runtime.sampling import Sampling
 
@@ -46,12 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         generator, language = Generator.open(options.artifact), _stories_language()
     else:
         module, language = _checkpoint(options.checkpoint) if options.checkpoint else _stories()
-        artifact = compile(
-            capture_decoder(module), pipeline=presets.preset(options.preset) + FUSED, speed=None
-        )
+        compiled = _compiled(module, options)
         if options.save:
-            print(f"saved: {artifact.save(options.save, overwrite=True)}")
-        generator = Generator.open(artifact)
+            print(f"saved: {compiled.save(options.save, overwrite=True)}")
+        generator = Generator.open(compiled)
     sampling = Sampling(options.temperature, options.top_k, options.seed)
     prompt = language.encode(options.prompt)
     found = generator.generate(prompt, limit=options.tokens, stop=language.stop, sampling=sampling)
@@ -61,12 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _compiled(module: Any, options: argparse.Namespace) -> Artifact | Bundle:
+    steps = presets.preset(options.preset) + FUSED
+    decode = compile(capture_decoder(module), pipeline=steps, speed=None)
+    if not options.prefill:
+        return decode
+    return Bundle({DECODE: decode, PREFILL: compile(decode.model, pipeline=options.prefill, speed=None)})
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", help="folder or name of a causal language model of transformers")
     source.add_argument("--artifact", help="folder of a stories260K that --save wrote")
     parser.add_argument("--preset", default="int4", choices=[*presets.PRESETS], help="how it is compiled")
+    parser.add_argument("--prefill", help="passes that make the prompt's graph of it, such as widen-blocks")
     parser.add_argument("--save", help="folder for the compiled model")
     parser.add_argument("--prompt", default=STARTS)
     parser.add_argument("--tokens", type=int, default=100, help="most new tokens")

@@ -18,6 +18,7 @@ from splitfold.runtime.bundle import DECODE, PREFILL, Bundle
 from splitfold.runtime.cache import POSITIONS_KEY, CacheShape
 from splitfold.runtime.errors import GenerationError
 from splitfold.runtime.feeds import Array, model_inputs
+from splitfold.runtime.memory import release_memory
 from splitfold.runtime.model_file import model_path, read_model
 from splitfold.runtime.sampling import Sampler, Sampling
 from splitfold.runtime.session import Held, Session
@@ -121,7 +122,10 @@ class Generator:
             prefill = model.parts.get(PREFILL) if prefill is None else prefill
             model = model.parts[DECODE]
         graph, session = _open(model, target, threads)
-        other = None if prefill is None else _open(prefill, target, threads)[1]
+        other = None
+        if prefill is not None:
+            other = _open(prefill, target, threads)[1]
+            release_memory()
         return Generator(graph, session, prefill=other)
 
     def decoding(self) -> Decoding:
