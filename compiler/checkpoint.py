@@ -36,14 +36,16 @@ class Checkpoint:
         self.after: ir.Model | None = None
         self.done: tuple[str, ...] = ()
         self._digest = ""
+        self._moved = True
 
     def before_pass(self, step: Pass, model: ir.Model, index: int, total: int) -> None:
         """Copy the model."""
         self.done = (*self.done, str(self.step)) if index and self.step is not None else ()
         self.step, self.after = step, model
-        self.before = model.clone()
         if not index or not self._digest:
             self._digest = _digest(model)  # else it is known from the end of the pass before
+        if not index or self._moved or self.before is None:
+            self.before = model.clone()
 
     def after_pass(self, step: Pass, model: ir.Model, record: PassRecord) -> PassRecord:
         """Compare the model with the copy.
@@ -54,7 +56,7 @@ class Checkpoint:
         if fault := _order_fault(model):
             self._refuse(fault, Failure.INVALID)
         digest, before = _digest(model), self._digest
-        self._digest = digest
+        self._digest, self._moved = digest, record.modified
         if digest != before and not record.modified:
             self._refuse("it says that it changed nothing, but the model has changed")
         if digest == before and record.modified and _same(self.before, model):

@@ -139,15 +139,11 @@ class Session:
         if isinstance(self._model, str | Path) and not taps:
             return str(self._model)
         model = self._model if isinstance(self._model, ir.Model) else read_model(Path(self._model))
-        # a provider that compiles looks for the weights in the model
-        lent = {} if self._target.compiles else lendable(model)
-        if weight_bytes(model) - sum(array.nbytes for array in lent.values()) >= _IN_MEMORY_BELOW:
+        made = _serialized(model, taps, options, lends=not self._target.compiles)
+        if made is None:
             return self._written(model.clone(), taps)
-        whole = self_contained(model)
-        made = serialized(whole, _tapped(whole, taps), lent)
-        self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
-        options.add_external_initializers(list(lent), self._lent)
-        return made
+        self._lent = made[1]
+        return made[0]
 
     def _written(self, copy: ir.Model, taps: Sequence[str]) -> str:
         copy.graph.outputs[:] = _tapped(copy, taps)
@@ -274,6 +270,24 @@ def _added(model: ir.Model | str | Path, taps: Sequence[str]) -> int:
     return len(set(taps) - {value.name for value in outputs})
 
 
+def _serialized(
+    model: ir.Model, taps: Sequence[str], options: ort.SessionOptions, *, lends: bool = True
+) -> tuple[bytes, list[ort.OrtValue]] | None:
+    """Return a model as bytes, and the weights that `options` lend it, which must outlive the session; None
+    where it is too large for that.
+
+    Not `lends` is for providers that compile: they look for the weights in the model.
+    """
+    lent = lendable(model) if lends else {}
+    if weight_bytes(model) - sum(array.nbytes for array in lent.values()) >= _IN_MEMORY_BELOW:
+        return None
+    whole = self_contained(model)
+    made = serialized(whole, _tapped(whole, taps), lent)
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
+    options.add_external_initializers(list(lent), values)
+    return made, values
+
+
 def _tapped(model: ir.Model, taps: Sequence[str]) -> list[ir.Value]:
     """Return the model's outputs, and the values named in `taps` that are none."""
     outputs = list(model.graph.outputs)
@@ -309,10 +323,18 @@ def write_optimized(model: ir.Model | Path, target: Target, folder: Path) -> Pat
         raise SessionError(f"target {target.name} compiles the graph, so that its kernels cannot be listed.")
     options = _options(target.options, target.options.threads, Optimization.ALL)
     written = _keep_optimized(options, folder)
-    source = write_model(model.clone(), folder, "source.onnx")[0] if isinstance(model, ir.Model) else model
+    made = _serialized(model, (), options) if isinstance(model, ir.Model) else None
+    source = model if isinstance(model, Path) else folder / "source.onnx"
+    if made is None and isinstance(model, ir.Model):
+        write_model(model.clone(), folder, source.name)
     disabled = list(target.options.disabled_optimizers) or None
     try:
-        ort.InferenceSession(str(source), options, providers=[target.provider], disabled_optimizers=disabled)
+        ort.InferenceSession(
+            str(source) if made is None else made[0],
+            options,
+            providers=[target.provider],
+            disabled_optimizers=disabled,
+        )
     except Exception as error:
         raise _refused(error) from error
     return written
