@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from splitfold.runtime.feeds import Feeds
+from splitfold.runtime.options import SessionOptions
 from splitfold.runtime.session import Session
 from splitfold.runtime.target import Target
 from splitfold.runtime.turns import turns
@@ -45,6 +46,7 @@ def bench(
     warm_up: int = 5,
     threads: int = 0,
     target: Target | None = None,
+    options: Sequence[SessionOptions] = (),
 ) -> list[Timing]:
     """Time `models` on the same feeds and return one `Timing` each, in order.
 
@@ -57,13 +59,19 @@ def bench(
         warm_up: untimed runs of each before the first turn.
         threads: intra-operator threads; 0 is the runtime's choice.
         target: where they run.
+        options: what the sessions are opened with, one each; empty is as `target` says.
 
     Raises:
         SessionError: a model does not open or does not run on `feeds`.
-        ValueError: `runs` is not positive.
+        ValueError: `runs` is not positive, or `options` are not as many as the models.
     """
     schedule = list(turns(len(models), runs))
-    sessions = [Session(model, target, threads=threads) for model in models]
+    place = target or Target.cpu()
+    asked = options or [place.options] * len(models)
+    sessions = [
+        Session(model, place.with_options(its).taking_turns(), threads=threads)
+        for model, its in zip(models, asked, strict=True)
+    ]
     for session in sessions:
         for _ in range(warm_up):
             session.run(feeds)

@@ -9,7 +9,7 @@ from typing import Any
 
 from splitfold.runtime.errors import ArtifactError
 
-__all__ = ["ACCURACY_LEVEL", "SessionOptions"]
+__all__ = ["ACCURACY_LEVEL", "TAKING_TURNS", "SessionOptions"]
 
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Entry that says at which level MatMulNBits made of blocked DequantizeLinear compute: 4 is int8."""
@@ -102,3 +102,8 @@ class SessionOptions:
         if self.disabled_optimizers:
             given.append(f"disabled_optimizers={list(self.disabled_optimizers)!r}")
         return "\n".join([*lines, f"session = onnxruntime.InferenceSession({', '.join(given)})"])
+
+
+TAKING_TURNS = SessionOptions(entries=(("session.force_spinning_stop", "1"),))
+"""For sessions that are timed in turns: threads wait in a loop while a run lasts, and no longer: those of one
+session would take the cores from the next."""

@@ -89,10 +89,10 @@ def trace(
         SessionError: a model does not open or run, or the profiler wrote nothing that can be read.
         ValueError: `runs` is not positive.
     """
-    schedule = list(turns(len(models), runs))
+    schedule, place = list(turns(len(models), runs)), (target or Target.cpu()).taking_turns()
     with tempfile.TemporaryDirectory(prefix="splitfold-profile-") as folder:
         sessions = [
-            Session(model, target, threads=threads, profile=_folder(Path(folder) / f"model-{at}"))
+            Session(model, place, threads=threads, profile=_folder(Path(folder) / f"model-{at}"))
             for at, model in enumerate(models)
         ]
         timed = [[False] * warm_up for _ in sessions]

@@ -142,5 +142,6 @@ def race_models(
     Raises:
         SessionError: a model does not open or does not run on `feeds`.
     """
-    first, second = Session(before, target), Session(after, target)
+    place = (target or Target.cpu()).taking_turns()
+    first, second = Session(before, place), Session(after, place)
     return race(lambda: first.run(feeds), lambda: second.run(feeds), seconds=seconds)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from splitfold.runtime.errors import UnsupportedError, did_you_mean
-from splitfold.runtime.options import SessionOptions
+from splitfold.runtime.options import TAKING_TURNS, SessionOptions
 
 if TYPE_CHECKING:
     from splitfold.runtime.costs.kernel import Case
@@ -158,6 +158,11 @@ class Target:
     def with_options(self, options: SessionOptions) -> Target:
         """Return the target whose sessions are opened with `options`."""
         return replace(self, options=options)
+
+    def taking_turns(self) -> Target:
+        """Return the target for sessions that are timed in turns: one's idle threads leave the cores to the
+        next."""
+        return self.with_options(self.options.joined(TAKING_TURNS))
 
     def with_costs(self, path: str | Path) -> Target:
         """Return the target with the kernel costs that a file holds; it is warned where they were measured on

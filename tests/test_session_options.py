@@ -16,8 +16,14 @@ from seeded import feeds_for, parse_graph
 from splitfold.compiler import compile, presets
 from splitfold.compiler.replay import replay
 from splitfold.runtime.artifact import Artifact
+from splitfold.runtime.bench import bench
+from splitfold.runtime.costs.kernel import Case, Kernel, Operation
+from splitfold.runtime.costs.measure import SessionMeter
+from splitfold.runtime.costs.models import case_model
 from splitfold.runtime.errors import ArtifactError
 from splitfold.runtime.options import SessionOptions
+from splitfold.runtime.profile import trace
+from splitfold.runtime.race import race_models
 from splitfold.runtime.session import Session, optimized_graph
 from splitfold.runtime.target import Target
 
@@ -135,3 +141,40 @@ def test_command_line_refuses(tmp_path: Path, run: Run, text: str, words: str) -
     done = run("compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "out"), "--session", text, code=2)
     assert words in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_sessions_that_are_timed_in_turns_leave_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the options are: idle threads of one would slow down the next."""
+    target = Target.cpu().with_options(ALL).taking_turns()
+    options = Session(model(), target)._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
+    opened: list[Target] = []
+    started = Session.__init__
+
+    def watched(self: Session, *given: object, **named: object) -> None:
+        opened.append(named.get("target") or next(item for item in given if isinstance(item, Target)))  # type: ignore[arg-type]
+        started(self, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "__init__", watched)
+    feeds = feeds_for(model(), "")
+    race_models(model(), model(), feeds, seconds=0.01)
+    bench([model(), model()], feeds, runs=1)
+    trace([model()], feeds, runs=1)
+    SessionMeter(Target.cpu(), seconds=0.01)([case_model(Case(Kernel(Operation.GELU), (2, 4)))])
+    assert len(opened) == 6
+    assert all(dict(item.options.entries)["session.force_spinning_stop"] == "1" for item in opened)
+
+
+def test_bench_and_compare_open_an_artifact_as_its_manifest_says(tmp_path: Path, run: Run) -> None:
+    ir.save(model(), tmp_path / "model.onnx")
+    compiled(SessionOptions(threads=1, disabled_optimizers=("SkipLayerNormFusion",))).save(tmp_path / "out")
+    done = run("bench", tmp_path / "model.onnx", tmp_path / "out", "--runs", 2)
+    assert '"disabled_optimizers": ["SkipLayerNormFusion"]' in done.output
+    run("compare", tmp_path / "model.onnx", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["session"] = {"disabled_optimizers": ["NoSuchOptimizer"], "threads": "many"}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    for command in ("bench", "compare"):
+        failed = run(command, tmp_path / "model.onnx", tmp_path / "out", code=1)
+        assert "session option threads = 'many'" in failed.output.replace("\n", " ")

@@ -13,6 +13,7 @@ from splitfold.compiler.cli.data import open_data
 from splitfold.compiler.cli.options import DebugOption, TargetOption, first_feeds, parse_target
 from splitfold.compiler.cli.output import file_bytes, megabytes, out, table
 from splitfold.compiler.cli.run_options import BatchOption, RunsOption, ThreadsOption
+from splitfold.compiler.cli.session_options import say_stored, stored_options
 from splitfold.runtime.bench import bench
 from splitfold.runtime.model_file import model_path, read_model
 
@@ -33,6 +34,8 @@ def bench_command(
 ) -> None:
     """Time models side by side: they take turns, and medians and ratios to the first are shown.
 
+    An artifact is opened with the session options that its manifest names.
+
     \b
     Example:
       splitfold bench model.onnx out-int8 out-int4 --data inputs.npz --threads 2 --runs 100
@@ -42,13 +45,16 @@ def bench_command(
     read = [read_model(file) for file in files]
     feeds, words = open_data(data, read[0], batch=batch)
     example = first_feeds(feeds)
-    timings = bench(files, example, runs=runs, threads=threads, target=place)
+    options = [place.options.joined(stored_options(model)) for model in models]
+    timings = bench(files, example, runs=runs, threads=threads, target=place, options=options)
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in example.items())
     out().print(
         f"{runs} runs each on {words}: {shapes}; {f'{threads} threads' if threads else 'default threads'}; "
         f"target {place.name}",
         soft_wrap=True,
     )
+    for model, its in zip(models, options, strict=True):
+        say_stored(model, its)
     rows = [
         (
             model,

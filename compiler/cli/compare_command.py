@@ -17,6 +17,7 @@ from splitfold.compiler.cli.options import (
     parse_tolerance,
 )
 from splitfold.compiler.cli.output import out, table
+from splitfold.compiler.cli.session_options import stored_options
 from splitfold.runtime.model_file import model_path, read_model
 from splitfold.runtime.session import Session
 from splitfold.runtime.side_by_side import compare_sessions
@@ -45,7 +46,8 @@ def compare_command(
 ) -> None:
     """Run two models on the same inputs and show how far B's outputs are from A's, over all batches.
 
-    A runs on the CPU provider, B on the target. With --tolerance a difference beyond it exits with 1.
+    A runs on the CPU provider, B on the target and with the session options of its manifest. With --tolerance
+    a difference beyond it exits with 1.
 
     \b
     Example:
@@ -55,7 +57,8 @@ def compare_command(
     first = read_model(model_path(reference))
     read_model(model_path(actual))
     batches, words = open_data(data, first)
-    sessions = Session(model_path(reference)), Session(model_path(actual), place)
+    options = place.options.joined(stored_options(actual))
+    sessions = Session(model_path(reference)), Session(model_path(actual), place.with_options(options))
     deviations, count = compare_sessions(*sessions, batches)
     out().print(
         f"{actual} against {reference} over {count} batch{'es' if count != 1 else ''} of {words}",

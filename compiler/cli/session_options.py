@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,11 +14,20 @@ from splitfold.compiler.cli.group import usage
 from splitfold.compiler.cli.output import say
 from splitfold.passes.errors import SpecError
 from splitfold.passes.spec import split_top_level
+from splitfold.runtime.artifact import MANIFEST_FILE, read_manifest
 from splitfold.runtime.errors import did_you_mean
 from splitfold.runtime.offline import OFFLINE_KEY
 from splitfold.runtime.options import SessionOptions
 
-__all__ = ["OfflineOption", "SessionOption", "parse_session", "say_offline", "say_session"]
+__all__ = [
+    "OfflineOption",
+    "SessionOption",
+    "parse_session",
+    "say_offline",
+    "say_session",
+    "say_stored",
+    "stored_options",
+]
 
 _WORDS = ("threads", "spinning", "arena", "disable")
 _TRUTH = {"true": True, "false": False}
@@ -90,6 +101,23 @@ def say_session(options: SessionOptions) -> None:
     """Print what a bare session needs, where it needs anything."""
     for line in options.code().splitlines() if options else ():
         say("session", line)
+
+
+def stored_options(place: Path) -> SessionOptions:
+    """Return the session options that an artifact's manifest names; none for a file without a manifest.
+
+    Raises:
+        ArtifactError: the manifest holds something else.
+    """
+    if not (place / MANIFEST_FILE).is_file():
+        return SessionOptions()
+    return SessionOptions.of(read_manifest(place).get("session", {}))
+
+
+def say_stored(place: Path, options: SessionOptions) -> None:
+    """Print what a model is opened with, where it is opened with anything."""
+    if options:
+        say("session", f"{place} with {json.dumps(options.values())}")
 
 
 def say_offline(manifest: Mapping[str, Any]) -> None:

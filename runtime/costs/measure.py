@@ -60,7 +60,7 @@ class SessionMeter:
         runs: dict[int, Callable[[], object]] = {}
         for at, item in enumerate(models):
             try:
-                session = Session(item.model, self.target, threads=self.threads)
+                session = Session(item.model, self.target.taking_turns(), threads=self.threads)
                 for _ in range(_WARM_UP):
                     session.run(item.feeds)
             except SessionError as error:
