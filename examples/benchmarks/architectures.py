@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small seeded models of many Hugging Face architectures in int8, beside onnxruntime's quantizers.
 
-Run `python examples/benchmarks/architectures.py [--only NAME ...] [--family NAME ...] [--ours]`; it needs the
-extra `splitfold[minilm]` and the tests folder, where the architectures are.
+Run `python examples/benchmarks/architectures.py [--only NAME ...] [--family NAME ...] [--ours]
+[--pipeline TEXT]`;
+it needs the extra `splitfold[minilm]` and the tests folder, where the architectures are.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from splitfold.examples.benchmarks.report import (
     say,
 )
 from splitfold.passes.layers import find_layers
+from splitfold.passes.pipeline import Pipeline
 
 CALIBRATION_SEEDS = range(1, 9)
 TEST_SEEDS = range(101, 105)
@@ -106,7 +108,7 @@ def unexplained(captured: ir.Model, artifact: Artifact) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def examine(architecture: Any, folder: Path, ours_only: bool) -> Result:
+def examine(architecture: Any, folder: Path, pipeline: Pipeline, ours_only: bool) -> Result:
     """Capture one architecture and quantize it every way."""
     result = Result(architecture.name, architecture.family)
     module, kwargs = architecture.build()
@@ -125,7 +127,7 @@ def examine(architecture: Any, folder: Path, ours_only: bool) -> Result:
 
     def ours() -> Path:
         start = time.perf_counter()
-        made.append(compile(model, calibration=calibration, pipeline=presets.int8(), speed=None))
+        made.append(compile(model, calibration=calibration, pipeline=pipeline, speed=None))
         result.seconds = time.perf_counter() - start
         return made[0].save_model(folder / "ours.onnx")
 
@@ -179,6 +181,7 @@ def main() -> int:
         __doc__,
         ("--only", {"nargs": "+", "default": [], "help": "names of architectures"}),
         ("--family", {"nargs": "+", "default": [], "help": "families of architectures"}),
+        ("--pipeline", {"type": Pipeline.parse, "default": presets.int8(), "help": "in int8's place"}),
         ("--ours", {"action": "store_true", "help": "leave onnxruntime's quantizers out"}),
     )
     quantizers = ["splitfold int8"] + ([] if options.ours else ["onnxruntime static", "onnxruntime dynamic"])
@@ -191,7 +194,7 @@ def main() -> int:
     results = []
     for item in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            result = examine(item, Path(folder), options.ours)
+            result = examine(item, Path(folder), options.pipeline, options.ours)
         gc.collect()
         results.append(result)
         text = ", ".join(
