@@ -73,6 +73,41 @@ def _norm(fused: bool) -> Callable[[int, int], Built]:
     return made
 
 
+def _embeddings(fused: bool) -> Callable[[int, int], Built]:
+    """Words, positions and token types, and the norm behind them; the contrib operator reads int32."""
+
+    def made(batch: int, tokens: int) -> Built:
+        graph = Builder()
+        kind = np.int32 if fused else np.int64
+        ids = graph.input(graph.rng.integers(0, 3000, (batch, tokens)).astype(kind))
+        types = graph.input(np.zeros((batch, tokens), kind))
+        tables = [graph.constant(graph.normal(rows, WIDTH)) for rows in (3000, 512, 2)]
+        gamma, beta = graph.constant(graph.normal(WIDTH)), graph.constant(graph.normal(WIDTH))
+        if fused:
+            inputs = (ids, types, *tables, gamma, beta)
+            return graph.built(graph.add("EmbedLayerNormalization", *inputs, domain=MICROSOFT, outputs=2)[0])
+        places = graph.constant(np.arange(tokens)[None])
+        found = [graph.one("Gather", *pair) for pair in zip(tables, (ids, places, types), strict=True)]
+        total = graph.one("Sum", *found)
+        return graph.built(graph.one("LayerNormalization", total, gamma, beta, axis=-1, epsilon=1e-5))
+
+    return made
+
+
+def _scaled_codes(by_channel: bool) -> Callable[[int, int], Built]:
+    def made(batch: int, tokens: int) -> Built:
+        graph = Builder()
+        x = graph.input(graph.normal(batch, tokens, WIDTH))
+        if by_channel:
+            scales = graph.constant(np.full(WIDTH, 0.05, np.float32))
+            zeros = graph.constant(np.full(WIDTH, 128, np.uint8))
+            return graph.built(graph.one("QuantizeLinear", x, scales, zeros, axis=-1), ir.DataType.UINT8)
+        scaled = graph.one("Mul", x, graph.constant(graph.normal(WIDTH)))
+        return graph.built(_quantized(graph, scaled)[0], ir.DataType.UINT8)
+
+    return made
+
+
 def _gelu(graph: Builder, x: ir.Value) -> ir.Value:
     return graph.one("Gelu", x, domain=MICROSOFT)
 
@@ -161,6 +196,14 @@ def _padding(batch: int, tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 BLOCKS: Mapping[str, tuple[tuple[tuple[int, int], ...], Ways]] = {
     "projections": (TOKENS, {"three int8 products": _three_products, "one and a Split": _one_product}),
     "norm": (TOKENS, {"Sum, LayerNormalization": _norm(False), "SkipLayerNormalization": _norm(True)}),
+    "embeddings": (
+        TOKENS,
+        {"three Gather, Sum, norm": _embeddings(False), "EmbedLayerNormalization": _embeddings(True)},
+    ),
+    "scale and quantize": (
+        TOKENS,
+        {"Mul, QuantizeLinear": _scaled_codes(False), "QuantizeLinear by channel": _scaled_codes(True)},
+    ),
     "gelu": (TOKENS, {"Add, Gelu": _plain_gelu, "BiasGelu": _bias_gelu}),
     "gelu of codes": (
         TOKENS,
