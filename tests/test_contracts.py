@@ -85,6 +85,7 @@ LOSSY = {
     "quantize-activations": 15.0,
     "quantize-activations{calibrator=entropy,symmetric=true,weight-bits=7}": 15.0,
     "quantize-activations{calibrator=mse,min-sqnr=30}": 15.0,
+    "quantize-activations{calibrator=extreme-value,form=integer,correct-bias=all}": 15.0,
     "quantize-dynamic": 25.0,
     "quantize-dynamic{min-sqnr=35}": 30.0,
     "quantize-embeddings{min-bytes=0}": 35.0,
@@ -103,6 +104,7 @@ LOSSY = {
     "simulate-quantization": 15.0,
     "simulate-quantization{weights=4,activations=6,weight-ranges=searched,products=true}": 5.0,
     "simulate-quantization{weights=none,calibrator=percentile-search}": 10.0,
+    "quantize-weights{block=16},widen-blocks": 5.0,
 }
 """Lossy passes with options, and the dB that every output of a random graph keeps."""
 ids = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES])
