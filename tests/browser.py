@@ -42,7 +42,10 @@ def chromium(profile: Path) -> Iterator[Any]:
 
 
 def show(driver: Any, page: Path, size: tuple[int, int] = LAPTOP, *, dark: bool = False) -> None:
-    """Open `page` in a window of `size`, for a system in light or dark."""
+    """Open `page`, a report, in a window of `size`, for a system in light or dark, and wait for its scripts:
+    on a busy machine the driver may return before they ran."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
     width, height = size
     device = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
@@ -50,6 +53,8 @@ def show(driver: Any, page: Path, size: tuple[int, int] = LAPTOP, *, dark: bool 
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme]})
     driver.get("about:blank")
     driver.get(page.as_uri())
+    ready = "return document.readyState === 'complete' && typeof rows !== 'undefined'"
+    WebDriverWait(driver, 30).until(lambda page: page.execute_script(ready))
 
 
 def console(driver: Any) -> list[str]:
