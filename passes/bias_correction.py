@@ -83,22 +83,32 @@ class _Bias:
     def output(self) -> ir.Value:
         return self.node.outputs[0]
 
-    def move(self, by: Floats) -> Floats:
-        """Add `by`, one number a channel, as far as codes hold it; return what was added."""
-        old = self.reader.inputs[self.at]
-        graph, tensor = self.reader.graph, constant(old)
-        if graph is None or tensor is None or old is None:
+    @property
+    def held(self) -> ir.Value:
+        """The constant."""
+        value = self.reader.inputs[self.at]
+        if value is None or constant(value) is None:
             raise ValueError(f"{self.node.name}: its bias is no constant")
+        return value
+
+    def move(self, by: Floats) -> Floats:
+        """Read a constant moved by `by`, one number a channel, where codes hold it; return what was added."""
+        old, graph = self.held, self.reader.graph
+        tensor = constant(old)
+        if graph is None or tensor is None:
+            raise ValueError(f"{self.node.name}: it is in no graph")
         before = tensor.numpy()
         codes = before.astype(np.float64) + by / self.step
         if before.dtype == np.int32:
             codes = np.clip(np.rint(codes), _INT32.min, _INT32.max)
         after = codes.astype(before.dtype)
-        new = add_initializer(graph, f"{(old.name or '').removesuffix('_corrected')}_corrected", after)
-        self.reader.replace_input_with(self.at, new)
-        drop_initializer(old)
+        self.read(add_initializer(graph, f"{old.name}_corrected", after))
         moved: Floats = (after.astype(np.float64) - before.astype(np.float64)) * self.step
         return moved
+
+    def read(self, value: ir.Value) -> None:
+        """Read `value` instead."""
+        self.reader.replace_input_with(self.at, value)
 
 
 def correct_biases(
@@ -128,17 +138,22 @@ def correct_biases(
     biases = _biases(model, made, findings)
     if not biases:
         return
+    were = [bias.held for bias in biases]
     before = _sqnr(reference, model, batches, target)
-    moved = _corrected(model, reference, biases, batches, target)
+    _correct(model, reference, biases, batches, target)
     after = _sqnr(reference, model, batches, target)
     if after > before:
+        for value in were:
+            drop_initializer(value)
         findings.notes.append(
             f"biases of {len(biases)} layers corrected: outputs rise from {before:.1f} dB to {after:.1f} dB"
             " on calibration data"
         )
         return
-    for bias, by in moved:
-        bias.move(-by)
+    for bias, value in zip(biases, were, strict=True):
+        moved = bias.held
+        bias.read(value)
+        drop_initializer(moved)
     findings.notes.append(
         f"no bias was corrected: outputs would go from {before:.1f} dB to {after:.1f} dB on calibration data"
     )
@@ -173,24 +188,21 @@ def _means(array: Array, linear: bool) -> Floats:
     return whole
 
 
-def _corrected(
+def _correct(
     model: ir.Model,
     reference: ir.Model,
     biases: Sequence[_Bias],
     batches: Sequence[Feeds],
     target: Target,
-) -> list[tuple[_Bias, Floats]]:
-    """Walk through both models side by side and move each bias; return by how much."""
+) -> None:
+    """Walk through both models side by side and move each bias."""
     wanted, walked = Walk(reference, batches, target), Walk(model, batches, target)
-    moved = []
     for bias in biases:
         name, linear = bias.output.name or "", bias.node.op_type != "Conv"
         is_as = [made[name] for made in walked.values([name])]
         should_be = [made[bias.reference] for made in wanted.values([bias.reference])]
         by = bias.move(shift(should_be, is_as, linear=linear))
         walked.amend(name, [_added(array, by, linear) for array in is_as])
-        moved.append((bias, by))
-    return moved
 
 
 def _added(array: Array, by: Floats, linear: bool) -> Array:

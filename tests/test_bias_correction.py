@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from seeded import parse_graph
 
+from splitfold.passes import bias_correction
 from splitfold.passes.base import Context, Outcome
 from splitfold.passes.bias_correction import BiasCorrection, shift
 from splitfold.passes.canonicalize import CanonicalizePass
@@ -123,8 +124,27 @@ def test_what_is_exact_is_left_as_it_is() -> None:
     corrected = QuantizeActivationsPass(correct_bias=BiasCorrection.ALL)
     outcome = corrected.run(other, Context(calibration=Calibration.of(data)))
     assert any(note.startswith("no bias was corrected") for note in outcome.findings.notes)
-    for feeds in data:
-        assert np.array_equal(outputs(one, [feeds], "y_int8"), outputs(other, [feeds], "y_int8"))
+    assert ir.to_proto(one) == ir.to_proto(other)
+
+
+@pytest.mark.parametrize("text", [CHAIN, DENSE], ids=["codes", "floats"])
+def test_what_comes_no_nearer_is_taken_back_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases that were moved are what they were, bit for bit and by name."""
+    shape = (4, 4, 6, 6) if text == CHAIN else (4, 5, 8)
+    data = [{"x": np.random.default_rng(7).uniform(2, 3, shape).astype(np.float32)} for _ in range(2)]
+    plain, corrected = model_of(text), model_of(text)
+    context = Context(calibration=Calibration.of(data))
+    QuantizeActivationsPass(form=StaticForm.INTEGER).run(plain, context)
+    before_and_after = iter([20.0, 19.0])
+    monkeypatch.setattr(bias_correction, "_sqnr", lambda *_: next(before_and_after))
+    moves = []
+    move = bias_correction._Bias.move
+    monkeypatch.setattr(bias_correction._Bias, "move", lambda it, by: moves.append(by) or move(it, by))
+    step = QuantizeActivationsPass(form=StaticForm.INTEGER, correct_bias=BiasCorrection.ALL)
+    outcome = step.run(corrected, context)
+    assert any(np.abs(by).max() > 0 for by in moves)
+    assert outcome.findings.notes[-1].startswith("no bias was corrected")
+    assert ir.to_proto(plain) == ir.to_proto(corrected)
 
 
 def _whole() -> ir.Model:
