@@ -44,7 +44,9 @@ def blocks(codes: Array, scales: Array, zeros: Array | None) -> ir.Model:
 def drawn(*, zeros: bool) -> tuple[Array, Array, Array | None, Array]:
     """Packed codes, scales, packed zero points or none, and the weight [N, K] that they stand for."""
     rng = np.random.default_rng(3)
-    codes = rng.integers(0, 16, (ROWS, BLOCKS, BLOCK), np.uint8)
+    codes = rng.integers(5, 11, (ROWS, BLOCKS, BLOCK), np.uint8)
+    for row in range(ROWS):  # extremes in one half of a byte each
+        codes[row, 0, row % 2], codes[row, 1, 1 - row % 2] = 15, 0
     codes[2] = 8  # a column of zeros, where there are no zero points
     scales = rng.uniform(0.01, 0.2, (ROWS, BLOCKS)).astype(np.float32)
     points = rng.integers(0, 16, (ROWS, BLOCKS), np.uint8) if zeros else np.full((ROWS, BLOCKS), 8, np.uint8)
