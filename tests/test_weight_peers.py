@@ -19,9 +19,9 @@ pytest.importorskip("scipy", reason="the benchmark's subjects need scipy")
 from small import WIDTH, initializer, mlp, model_of, saved
 
 from splitfold.compiler import Pipeline, Tolerance, compile
+from splitfold.examples.benchmarks.peer_job import samples
 from splitfold.examples.benchmarks.report import Report, open_bare
 from splitfold.examples.benchmarks.weight_bits import stored_bits
-from splitfold.examples.benchmarks.weight_peer_worker import samples
 from splitfold.examples.benchmarks.weight_peers import PEERS, Environment, Peer, PeerError, peer_rows
 from splitfold.examples.benchmarks.weight_subjects import BitFormat, Subject
 

@@ -5,35 +5,25 @@
 
 The job names `model`, `result`, `calibration` (a folder of .npz files, one a batch) and `options`:
 `transformer`, whether it is told that the model is one. It writes `result` and prints one line of JSON as
-`weight_peer_worker.py` does. A model above opset 18 is converted, where that works: what NNCF makes of later
+`peer_job.py` says. A model above opset 18 is converted, where that works: what NNCF makes of later
 ones does not open in onnxruntime's default mode.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import logging
 import sys
-import time
-import traceback
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 from onnx import version_converter
 
+if TYPE_CHECKING:
+    from splitfold.examples.benchmarks.peer_job import Clock, Job, answered, batches
+else:
+    from peer_job import Clock, Job, answered, batches
+
 OPSET = 18
-
-
-def feeds(folder: str) -> list[dict[str, Any]]:
-    """The batches of a folder."""
-    found = []
-    for file in sorted(Path(folder).glob("*.npz")):
-        with np.load(file) as archive:
-            found.append({name: archive[name] for name in archive.files})
-    return found
 
 
 def prepared(file: str) -> onnx.ModelProto:
@@ -48,34 +38,23 @@ def prepared(file: str) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def main() -> int:
-    """Do one job."""
-    logging.disable(logging.WARNING)
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    try:
-        nncf: Any = importlib.import_module("nncf")
-        model, batches = prepared(job["model"]), feeds(job["calibration"])
-        kind = nncf.ModelType.TRANSFORMER if job["options"].get("transformer") else None
-        wall, processor = time.perf_counter(), time.process_time()
-        made = nncf.quantize(
-            model,
-            nncf.Dataset(batches),
-            subset_size=len(batches),
-            target_device=nncf.TargetDevice.CPU,
-            model_type=kind,
-        )
-        answer: dict[str, Any] = {
-            "seconds": time.perf_counter() - wall,
-            "processor": time.process_time() - processor,
-        }
-        onnx.save(made, job["result"])
-    except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        answer = {"error": f"{type(error).__name__}: {lines[0]}"}
-    print("\n" + json.dumps(answer))
-    return 0
+def work(job: Job) -> Clock:
+    """Quantize with NNCF."""
+    nncf: Any = importlib.import_module("nncf")
+    model, data = prepared(job["model"]), batches(job["calibration"])
+    kind = nncf.ModelType.TRANSFORMER if job["options"].get("transformer") else None
+    clock = Clock()
+    made = nncf.quantize(
+        model,
+        nncf.Dataset(data),
+        subset_size=len(data),
+        target_device=nncf.TargetDevice.CPU,
+        model_type=kind,
+    )
+    clock.stop()
+    onnx.save(made, job["result"])
+    return clock
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(answered(work))

@@ -5,21 +5,22 @@
 
 The job names `model`, `result`, `calibration` (a folder of .npz files, one a batch) and `options`: the
 `threshold` of its search in dB, or none for int8 alone. It writes `result` and prints one line of JSON as
-`weight_peer_worker.py` does. The base is uint8 activations and int8 weights a channel; the search gives
+`peer_job.py` says. The base is uint8 activations and int8 weights a channel; the search gives
 activations 16 bits, layer by layer, until the signal to noise ratio reaches the threshold.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import sys
-import time
-import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from splitfold.examples.benchmarks.peer_job import Clock, Job, answered
+else:
+    from peer_job import Clock, Job, answered
 
 SAMPLES = 4
 """Batches on which its search measures."""
@@ -48,7 +49,7 @@ class Reader:
         return len(self.files)
 
 
-def quantized(job: dict[str, Any]) -> None:
+def quantized(job: Job) -> None:
     """Call it."""
     quark: Any = importlib.import_module("quark.onnx")
     minmax = quark.CalibMethod.MinMax
@@ -76,24 +77,13 @@ def quantized(job: dict[str, Any]) -> None:
     quark.ModelQuantizer(config).quantize_model(job["model"], job["result"], Reader(job["calibration"]))
 
 
-def main() -> int:
-    """Do one job."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def work(job: Job) -> Clock:
+    """Quantize with Quark, which writes the result itself."""
     Path(f"{job['result']}.sensitivity.json").unlink(missing_ok=True)
-    try:
-        wall, processor = time.perf_counter(), time.process_time()
-        quantized(job)
-        answer: dict[str, Any] = {
-            "seconds": time.perf_counter() - wall,
-            "processor": time.process_time() - processor,
-        }
-    except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        answer = {"error": f"{type(error).__name__}: {lines[0]}"}
-    print("\n" + json.dumps(answer))  # after the tables that it prints
-    return 0
+    clock = Clock()
+    quantized(job)
+    return clock.stop()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(answered(work))

@@ -12,59 +12,21 @@ excluded), or `error`.
 from __future__ import annotations
 
 import importlib
-import json
-import logging
-import sys
-import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 from onnx import version_converter
 
-Outcome = tuple[onnx.ModelProto, "Clock"]
+if TYPE_CHECKING:
+    from splitfold.examples.benchmarks.peer_job import Clock, Job, answered, batches, samples
+else:
+    from peer_job import Clock, Job, answered, batches, samples
+
+Outcome = tuple[onnx.ModelProto, Clock]
 OPSET = 21
 """Blocks of a DequantizeLinear need it."""
 ACCURACY_LEVEL = 4
-Job = dict[str, Any]
-
-
-class Clock:
-    """Wall and processor seconds (all threads) from its making to `stop`."""
-
-    def __init__(self) -> None:
-        self.wall, self.processor = -time.perf_counter(), -time.process_time()
-
-    def stop(self) -> Clock:
-        """Read it."""
-        self.wall += time.perf_counter()
-        self.processor += time.process_time()
-        return self
-
-
-def batches(folder: str) -> list[dict[str, Any]]:
-    """The feeds of a folder, in the order of their names."""
-    found = []
-    for file in sorted(Path(folder).glob("*.npz")):
-        with np.load(file) as archive:
-            found.append({name: archive[name] for name in archive.files})
-    return found
-
-
-def samples(feeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the batches one by one, without the columns that no row of an attention mask keeps."""
-    found = []
-    for feed in feeds:
-        mask = feed.get("attention_mask")
-        for row in range(len(next(iter(feed.values())))):
-            kept = slice(None) if mask is None else slice(int(mask[row].sum()))
-            found.append(
-                {name: np.ascontiguousarray(array[row : row + 1, kept]) for name, array in feed.items()}
-            )
-    return found
 
 
 class Reader:
@@ -179,21 +141,12 @@ def prepared(file: str) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def main() -> int:
-    """Do one job."""
-    logging.disable(logging.WARNING)
-    job: Job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    try:
-        result, clock = METHODS[job["method"]](job, prepared(job["model"]))
-        onnx.save(result, job["result"])
-        answer: dict[str, Any] = {"seconds": clock.wall, "processor": clock.processor}
-    except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        answer = {"error": f"{type(error).__name__}: {lines[0]}"}
-    print("\n" + json.dumps(answer))  # after the progress bars that some of them print
-    return 0
+def work(job: Job) -> Clock:
+    """Quantize by the job's method."""
+    result, clock = METHODS[job["method"]](job, prepared(job["model"]))
+    onnx.save(result, job["result"])
+    return clock
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(answered(work))
